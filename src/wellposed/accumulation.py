@@ -1,0 +1,160 @@
+"""`Accumulation`: one optimizer step's micro-batches, their first evaluation, and the closure that repeats it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .batching import batch_size, call_model, cut
+from .objective import Criterion, objective
+from .regularizer import Regularizer
+from .step import Step, collect_records, copied_buffers
+
+
+class Accumulation:
+    """The micro-batches of one optimizer step. `fit` and every adapter drive a training step through it.
+
+    The caller runs `on_batch`, builds an `Accumulation` of the pool, evaluates each micro-batch, and calls
+    `on_gradients` before clipping.
+
+    Args:
+        pool: the step with the whole batch, after `on_batch`.
+        regularizer: the method.
+        criterion: the unreduced task loss, used where the method does not replace it.
+        parts: number of micro-batches; fewer are made when the batch has fewer examples.
+        backward: how to backpropagate a scalar (a gradient scaler's or an accelerator's way).
+        unscale: multiplies gradients of a re-evaluation, where `backward` scales the loss; None for none.
+        synchronize: context for each micro-batch but the last, e.g. `DistributedDataParallel.no_sync`.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2)
+        >>> pool = Step(model, inputs=torch.eye(2), targets=torch.tensor([0, 1]))
+        >>> from wellposed.objective import cross_entropy
+        >>> batch = Accumulation(pool, Regularizer(), cross_entropy, parts=2)
+        >>> loss = batch.run()
+        >>> model.weight.grad.shape
+        torch.Size([2, 2])
+    """
+
+    def __init__(
+        self,
+        pool: Step,
+        regularizer: Regularizer,
+        criterion: Criterion,
+        parts: int = 1,
+        *,
+        backward: Callable[[Tensor], None] = torch.Tensor.backward,
+        unscale: Callable[[], float] | None = None,
+        synchronize: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.pool = pool
+        self.regularizer = regularizer
+        self.criterion = criterion
+        self.backward = backward
+        self.unscale = unscale
+        self.synchronize = synchronize
+        self.steps = micro_steps(pool, parts)
+        self._random: list[dict[str, Any]] = []
+        self._device = next((p.device for p in pool.model.parameters()), torch.device("cpu"))
+
+    def run(self) -> Tensor:
+        """First evaluation of all micro-batches, with `on_backward`; returns the detached loss."""
+        return torch.stack([self.evaluate(i) for i in range(len(self.steps))]).sum()
+
+    def evaluate(self, number: int) -> Tensor:
+        """First evaluation of micro-batch `number`: forward, loss, backward, `on_backward`."""
+        # A re-evaluation must draw the same numbers whatever the hooks drew in between, so every micro-batch
+        # keeps the random state from which it started.
+        self._random.append(self._random_state())
+        step = self.steps[number]
+        loss = self._forward_backward(step, last=number == len(self.steps) - 1)
+        with torch.no_grad():
+            self.regularizer.on_backward(step)
+        # The graph is gone; let go of the activations that outputs and records hold.
+        step.outputs, step.records = None, {}
+        return loss
+
+    def on_gradients(self) -> None:
+        """Call the hook, with `step.closure()` available inside."""
+        self.pool.services.closure = self.closure
+        try:
+            self.regularizer.on_gradients(self.pool)
+        finally:
+            self.pool.services.closure = None
+
+    def closure(self) -> Tensor:
+        """Evaluate the same batch again from zero gradients; see `Step.closure`."""
+        model = self.pool.model
+        for parameter in model.parameters():
+            parameter.grad = None
+        before = self._random_state()
+        losses = []
+        with copied_buffers(model):
+            for number, step in enumerate(self.steps):
+                self._restore(self._random[number])
+                losses.append(self._forward_backward(step, last=number == len(self.steps) - 1))
+                step.outputs, step.records = None, {}
+        self._restore(before)
+        if self.unscale is not None:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, self.unscale())
+        return torch.stack(losses).sum()
+
+    def _forward_backward(self, step: Step, last: bool) -> Tensor:
+        with nullcontext() if last else self.synchronize():
+            with collect_records() as records, step.services.autocast():
+                step.outputs = call_model(step.model, step.inputs)
+            step.records = records
+            loss = objective(step, self.regularizer, self.criterion)
+            self.backward(loss)
+        return loss.detach()
+
+    def _random_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+        if self.pool.generator is not None:
+            state["generator"] = self.pool.generator.get_state()
+        if self._device.type != "cpu":
+            state["device"] = torch.get_device_module(self._device).get_rng_state(self._device)
+        return state
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        torch.set_rng_state(state["cpu"])
+        if self.pool.generator is not None:
+            self.pool.generator.set_state(state["generator"])
+        if "device" in state:
+            torch.get_device_module(self._device).set_rng_state(state["device"], self._device)
+
+
+def micro_steps(pool: Step, parts: int) -> list[Step]:
+    """Cut a pool into `parts` steps of nearly equal size, and count the whole batch (over all ranks) for them."""
+    size = batch_size(pool)
+    parts = max(1, min(parts, size))
+    valid = pool.valid
+    counts = torch.tensor([size, size if valid is None else int(valid.sum())], dtype=torch.float64)
+    pool.replicas = 1
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        device = next((p.device for p in pool.model.parameters()), torch.device("cpu"))
+        counts = counts.to(device)
+        dist.all_reduce(counts)
+        pool.replicas = dist.get_world_size()
+    pool.num_examples, pool.normalizer = (max(1.0, float(c)) for c in counts)
+    pool.micro_batches = parts
+    return list(_cut_steps(pool, size, parts))
+
+
+def _cut_steps(pool: Step, size: int, parts: int) -> Iterator[Step]:
+    for i in range(parts):
+        start, stop = i * size // parts, (i + 1) * size // parts
+        part = {
+            name: cut(getattr(pool, name), size, start, stop)
+            for name in ("inputs", "targets", "index", "weights", "extra")
+        }
+        yield dataclasses.replace(pool, **part)
+
+
