@@ -156,5 +156,3 @@ def _cut_steps(pool: Step, size: int, parts: int) -> Iterator[Step]:
             for name in ("inputs", "targets", "index", "weights", "extra")
         }
         yield dataclasses.replace(pool, **part)
-
-

@@ -190,9 +190,7 @@ class WeightAverage(nn.Module):
         for name, live, _ in self._wanted(unwrap(model)):
             key = name.replace(".", "/")
             if key not in self._buffers:
-                dtype = (
-                    torch.promote_types(live.dtype, torch.float32) if live.is_floating_point() else live.dtype
-                )
+                dtype = torch.promote_types(live.dtype, torch.float32) if live.is_floating_point() else live.dtype
                 self.register_buffer(key, live.detach().to(dtype, copy=True))
 
     def _wanted(self, model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
@@ -207,9 +205,7 @@ class WeightAverage(nn.Module):
         """``(average, live tensor, whether it is a parameter)`` for every tracked tensor."""
         live = {n.replace(".", "/"): (t, is_parameter) for n, t, is_parameter in self._wanted(unwrap(model))}
         if absent := [key for key in self._buffers if key not in live]:
-            raise ValueError(
-                f"WeightAverage: the model has no {absent[0].replace('/', '.')!r}, which is averaged"
-            )
+            raise ValueError(f"WeightAverage: the model has no {absent[0].replace('/', '.')!r}, which is averaged")
         return [(average, *live[key]) for key, average in self._buffers.items() if average is not None]
 
     def get_extra_state(self) -> Tensor:
@@ -227,11 +223,6 @@ class WeightAverage(nn.Module):
         device = next((buffer.device for buffer in self.buffers()), None)
         for key, value in state_dict.items():
             name = key.removeprefix(prefix)
-            if (
-                key.startswith(prefix)
-                and "." not in name
-                and name != "_extra_state"
-                and name not in self._buffers
-            ):
+            if key.startswith(prefix) and "." not in name and name != "_extra_state" and name not in self._buffers:
                 self.register_buffer(name, torch.empty_like(value, device=device))
         super()._load_from_state_dict(state_dict, prefix, *arguments, **keywords)

@@ -59,7 +59,11 @@ def load_checkpoint(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
 
 def random_state() -> dict[str, Any]:
     """The state of every global random generator that training may use."""
-    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}  # noqa: NPY002
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),  # noqa: NPY002
+        "torch": torch.get_rng_state(),
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state

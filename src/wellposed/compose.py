@@ -94,6 +94,6 @@ class Compose(Regularizer):
             regularizer.on_epoch(step)
 
     def finish(self, model: nn.Module) -> nn.Module:
-        for regularizer in reversed(self.regularizers):
+        for regularizer in reversed(list(self)):
             model = regularizer.finish(model)
         return model

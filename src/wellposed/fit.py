@@ -202,7 +202,9 @@ class _Run:
             raise ValueError("fit: data yielded no batch")
         mean = float(torch.stack(losses).mean())
         if not mean - mean == 0.0:  # neither inf nor nan
-            raise DivergenceError(f"fit: the training loss of epoch {self.epoch + 1} is {mean}; lower the learning rate")
+            raise DivergenceError(
+                f"fit: the training loss of epoch {self.epoch + 1} is {mean}; lower the learning rate"
+            )
         self.epoch += 1
         entry = {"epoch": self.epoch, "loss": mean, **self._means()}
         # Validation is no part of the training time: an arm must not look slow because it is watched.
@@ -256,7 +258,9 @@ class _Run:
     def _step(self, sample: Any = None) -> Step:
         batch = None if sample is None else as_batch(to_device(sample, self.device))
         if batch is not None and batch.index is None and "index" in self.regularizer.requires:
-            check_requirements(self.regularizer, self._provides() - {"index"}, "fit, with a loader that yields no index,")
+            check_requirements(
+                self.regularizer, self._provides() - {"index"}, "fit, with a loader that yields no index,"
+            )
         step = Step(
             self.model,
             self.optimizer,
@@ -440,8 +444,8 @@ class _EpochSeeded:
 
 def _set_epoch(loader: Any, epoch: int) -> None:
     for target in (loader, getattr(loader, "sampler", None)):
-        if callable(getattr(target, "set_epoch", None)):
-            target.set_epoch(epoch)
+        if callable(choose := getattr(target, "set_epoch", None)):
+            choose(epoch)
 
 
 def _loader_state(loader: Any) -> Tensor | None:

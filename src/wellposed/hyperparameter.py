@@ -1,4 +1,4 @@
-"""`Hyperparameter`: a named, bounded strength that is fixed, searched or learned, and safe from the training optimizer."""
+"""`Hyperparameter`: a named, bounded strength: fixed, searched or learned, and safe from the training optimizer."""
 
 from __future__ import annotations
 

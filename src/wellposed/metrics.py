@@ -23,7 +23,8 @@ def accuracy(predictions: Predictions, targets: Int[Tensor, " batch"]) -> Float[
         >>> accuracy(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 2]))
         tensor(0.7500)
     """
-    return (_classes("accuracy", predictions, targets) == targets).float().mean()
+    correct = _classes("accuracy", predictions, targets) == targets
+    return correct.float().mean()
 
 
 def balanced_accuracy(predictions: Predictions, targets: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
@@ -36,7 +37,8 @@ def balanced_accuracy(predictions: Predictions, targets: Int[Tensor, " batch"]) 
     correct = _classes("balanced_accuracy", predictions, targets) == targets
     classes, group, sizes = torch.unique(targets, return_inverse=True, return_counts=True)
     hits = torch.bincount(group[correct], minlength=len(classes))
-    return (hits / sizes).mean()
+    recall: Tensor = hits / sizes
+    return recall.mean()
 
 
 def negative_log_likelihood(
@@ -149,9 +151,7 @@ def memorization(
     return (learned & wrong).sum() / wrong.sum()
 
 
-def mean_squared_error(
-    predictions: Float[Tensor, "*shape"], targets: Float[Tensor, "*shape"]
-) -> Float[Tensor, ""]:
+def mean_squared_error(predictions: Float[Tensor, "*shape"], targets: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
     """Mean over all entries of ``(prediction - target) ** 2``.
 
     Example:
@@ -162,9 +162,7 @@ def mean_squared_error(
     return (_wide(predictions) - _wide(targets)).square().mean()
 
 
-def r2_score(
-    predictions: Float[Tensor, "batch ..."], targets: Float[Tensor, "batch ..."]
-) -> Float[Tensor, ""]:
+def r2_score(predictions: Float[Tensor, "batch ..."], targets: Float[Tensor, "batch ..."]) -> Float[Tensor, ""]:
     """Coefficient of determination: 1 minus the squared error over that of the mean; averaged over outputs.
 
     As in scikit-learn an output whose target is constant counts 1 if it is predicted exactly, else 0.

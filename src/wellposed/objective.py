@@ -35,7 +35,8 @@ def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     if targets.is_floating_point():
-        return -(targets.to(logits.dtype) * logits.log_softmax(-1)).sum(-1)
+        loss: Tensor = -(targets.to(logits.dtype) * logits.log_softmax(-1)).sum(-1)
+        return loss
     if logits.ndim == 3:
         return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORE_INDEX)
     return F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE_INDEX)
@@ -64,7 +65,8 @@ def squared_error(outputs: Any, targets: Tensor) -> Tensor:
             "many values"
         )
     batch = len(targets)
-    return (outputs.reshape(batch, -1) - targets.reshape(batch, -1).to(outputs.dtype)).square().mean(-1)
+    difference: Tensor = outputs.reshape(batch, -1) - targets.reshape(batch, -1).to(outputs.dtype)
+    return difference.square().mean(-1)
 
 
 def objective(step: Step, regularizer: Regularizer, criterion: Criterion) -> Tensor:

@@ -54,8 +54,8 @@ def parameter_groups(model: nn.Module, wishes: Iterable[dict[str, Any]] = ()) ->
         own = options[name]
         if own.get("owned"):
             continue
-        key = tuple(sorted((k, v) for k, v in own.items() if k != "owned"))
-        group = groups.setdefault(key, {"params": [], _NAMES: [], **dict(key)})
+        settings = tuple(sorted((k, v) for k, v in own.items() if k != "owned"))
+        group = groups.setdefault(settings, {"params": [], _NAMES: [], **dict(settings)})
         group[_NAMES].append(name)
         if parameter.requires_grad:
             group["params"].append(parameter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -93,8 +93,8 @@ class Regularizer(nn.Module):
         True
     """
 
-    requires: ClassVar[frozenset[str]] | frozenset[str] = frozenset()
-    coupled: ClassVar[bool] | bool = False
+    requires: frozenset[str] = frozenset()
+    coupled: bool = False
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Replace, parametrise or pair modules; called once, before the optimizer is built."""

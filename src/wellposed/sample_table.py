@@ -110,9 +110,7 @@ class SampleTable(nn.Module):
             visited = torch.zeros(num_rows, dtype=torch.bool, device=device)
         self.register_buffer("rows", rows, persistent=persistent)
         self.register_buffer("visited", visited, persistent=persistent)
-        self.register_buffer(
-            "skipped", torch.zeros((), dtype=torch.int64, device=rows.device), persistent=persistent
-        )
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64, device=rows.device), persistent=persistent)
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -122,9 +120,7 @@ class SampleTable(nn.Module):
         """Shape of one row."""
         return tuple(self.rows.shape[1:])
 
-    def read(
-        self, index: Int[Tensor, " batch"], *, device: torch.device | None = None
-    ) -> Float[Tensor, "batch ..."]:
+    def read(self, index: Int[Tensor, " batch"], *, device: torch.device | None = None) -> Float[Tensor, "batch ..."]:
         """Return the rows of ``index`` as a float32 copy on ``device`` (default: where ``index`` is)."""
         target = index.device if device is None and isinstance(index, Tensor) else device
         index = self._local(index)
@@ -259,9 +255,7 @@ class SampleTable(nn.Module):
         return state
 
 
-def last_valid_occurrence(
-    index: Int[Tensor, " batch"], valid: Bool[Tensor, " batch"]
-) -> Int[Tensor, " batch"]:
+def last_valid_occurrence(index: Int[Tensor, " batch"], valid: Bool[Tensor, " batch"]) -> Int[Tensor, " batch"]:
     """For each entry, the position of the last valid entry with the same index, or -1 if there is none.
 
     Deterministic, vectorised, and without a data-dependent shape (so it never waits for a GPU).
@@ -316,9 +310,7 @@ def gather_over_ranks(
     return all_index, all_rows
 
 
-def open_memory_map(
-    path: Path, shape: tuple[int, ...], dtype: torch.dtype, fill: float
-) -> np.memmap[Any, Any]:
+def open_memory_map(path: Path, shape: tuple[int, ...], dtype: torch.dtype, fill: float) -> np.memmap[Any, Any]:
     """Open a ``.npy`` file for reading and writing; create it (sparse if ``fill`` is 0) where there is none."""
     if not path.exists():
         draft = path.with_name(f"{path.name}.{os.getpid()}.new")
@@ -390,8 +382,6 @@ def _check_settings(
     if storage not in ("device", "cpu", "memmap"):
         raise ValueError(f"SampleTable: storage must be 'device', 'cpu' or 'memmap', got {storage!r}")
     if (storage == "memmap") != (path is not None):
-        raise ValueError(
-            f"SampleTable: storage='memmap' needs path= and no other storage does, got path={path!r}"
-        )
+        raise ValueError(f"SampleTable: storage='memmap' needs path= and no other storage does, got path={path!r}")
     if sync not in ("auto", "never"):
         raise ValueError(f"SampleTable: sync must be 'auto' or 'never', got {sync!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -25,7 +26,7 @@ class _InputDropout:
         if not module.training or self.p == 0:
             return args
         x: Tensor = args[0]
-        dropped = F.feature_dropout(x, self.p, True) if self.channels else F.dropout(x, self.p, True)
+        dropped = torch.feature_dropout(x, self.p, True) if self.channels else F.dropout(x, self.p, True)
         return (dropped, *args[1:])
 
 
@@ -66,9 +67,9 @@ class Dropout(Regularizer):
             layers = [m for m in model.modules() if isinstance(m, _LINEAR + _CONVOLUTION)]
             if not layers:
                 raise ValueError("Dropout: the model has no dropout, linear or convolutional layer to act on")
-            for layer in layers[1:] or layers:
-                hook = _InputDropout(self.p, isinstance(layer, _CONVOLUTION))
-                self._handles.append(layer.register_forward_pre_hook(hook))
+            for part in layers[1:] or layers:
+                hook = _InputDropout(self.p, isinstance(part, _CONVOLUTION))
+                self._handles.append(part.register_forward_pre_hook(hook))
         return model
 
     def finish(self, model: nn.Module) -> nn.Module:

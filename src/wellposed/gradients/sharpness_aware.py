@@ -17,7 +17,7 @@ _TINY = 1e-12
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Euclidean norm over all tensors together, accumulated in at least float32."""
     norms = torch._foreach_norm([g if g.dtype == torch.float64 else g.float() for g in gradients])
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    return torch.stack([n.to(norms[0].device) for n in norms]).norm()
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def perturbed(
             sizes = [p.abs() for p in old]
             scaled = torch._foreach_mul(list(gradients), sizes)
             scale = rho / (gradient_norm(scaled) + _TINY)
-            moves = torch._foreach_mul(scaled, sizes)
+            moves = list(torch._foreach_mul(scaled, sizes))
         else:
             scale = rho / (gradient_norm(gradients) + _TINY)
             moves = list(gradients)

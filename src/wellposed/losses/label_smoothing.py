@@ -7,15 +7,16 @@ from typing import Any
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from ..batching import IGNORE_INDEX
 from ..hyperparameter import Hyperparameter, check_strength, value_of
-from ..objective import IGNORE_INDEX, cross_entropy
+from ..objective import cross_entropy
 from ..regularizer import Regularizer
 from ..step import Step
 
 
 def smoothed_cross_entropy(
     logits: Float[Tensor, "*batch classes"],
-    targets: Shaped[Tensor, "..."],
+    targets: Shaped[Tensor, ...],
     smoothing: Any = 0.1,
 ) -> Float[Tensor, "*batch"]:
     """Cross-entropy against `(1 - smoothing) * target + smoothing / classes`, unreduced.
@@ -39,7 +40,7 @@ def smoothed_cross_entropy(
     uniform = -logits.log_softmax(-1).mean(-1).to(hard.dtype)
     if not targets.is_floating_point():
         uniform = uniform.where(targets != IGNORE_INDEX, uniform.new_zeros(()))
-    return (1.0 - smoothing) * hard + smoothing * uniform
+    return hard * (1.0 - smoothing) + uniform * smoothing
 
 
 class LabelSmoothing(Regularizer):

@@ -15,7 +15,7 @@ from ..regularizer import Regularizer
 from ..step import Step
 
 
-def mix(value: Any, coefficient: Float[Tensor, "batch"], permutation: Int[Tensor, "batch"]) -> Any:
+def mix(value: Any, coefficient: Float[Tensor, batch], permutation: Int[Tensor, batch]) -> Any:
     """`c * value + (1 - c) * value[permutation]` for every floating tensor of a nested batch.
 
     Args:

@@ -22,9 +22,7 @@ class Lanczos(NamedTuple):
 
     def ritz(self) -> tuple[Float[Tensor, " k"], Float[Tensor, "dim k"]]:
         """Ritz values (ascending) and Ritz vectors (columns): approximate eigenpairs, extreme ones first to converge."""
-        tridiagonal = (
-            torch.diag(self.diagonal) + torch.diag(self.off_diagonal, 1) + torch.diag(self.off_diagonal, -1)
-        )
+        tridiagonal = torch.diag(self.diagonal) + torch.diag(self.off_diagonal, 1) + torch.diag(self.off_diagonal, -1)
         values, vectors = torch.linalg.eigh(tridiagonal)
         return values, self.basis @ vectors
 
@@ -85,9 +83,7 @@ def lanczos(
     if not 1 <= steps <= dim:
         raise ValueError(f"lanczos: steps must lie in [1, dim = {dim}], got {steps}")
     v = _start_vector("lanczos", dim, generator, start, dtype, device)
-    columns = torch.zeros(
-        steps, dim, dtype=v.dtype, device=v.device
-    )  # rows in memory: each is written as a whole
+    columns = torch.zeros(steps, dim, dtype=v.dtype, device=v.device)  # rows in memory: each is written as a whole
     diagonal: list[Tensor] = []
     off_diagonal: list[Tensor] = []
     scale = torch.zeros((), dtype=v.dtype, device=v.device)

@@ -112,11 +112,7 @@ def _check(loss: Tensor | Loss, params: Sequence[Tensor], vector: Sequence[Tenso
     if isinstance(loss, Tensor):
         _scalar(loss)
         if mode != "reverse":
-            raise ValueError(
-                f"hessian_vector_product: mode {mode!r} needs loss as a function of params, got a tensor"
-            )
+            raise ValueError(f"hessian_vector_product: mode {mode!r} needs loss as a function of params, got a tensor")
     shapes, wanted = [tuple(v.shape) for v in vector], [tuple(p.shape) for p in params]
     if shapes != wanted:
-        raise ValueError(
-            f"hessian_vector_product: vector must have the shapes of params {wanted}, got {shapes}"
-        )
+        raise ValueError(f"hessian_vector_product: vector must have the shapes of params {wanted}, got {shapes}")

@@ -114,16 +114,10 @@ def _norm(tensor: Tensor) -> float:
     return float(inner_product([tensor], [tensor]).sqrt())
 
 
-def _check(
-    b: Tensor, tol: float, absolute_tol: float, max_iterations: int | None, start: Tensor | None
-) -> None:
+def _check(b: Tensor, tol: float, absolute_tol: float, max_iterations: int | None, start: Tensor | None) -> None:
     if not tol >= 0 or not absolute_tol >= 0:
-        raise ValueError(
-            f"conjugate_gradient: tol and absolute_tol must be >= 0, got {tol} and {absolute_tol}"
-        )
+        raise ValueError(f"conjugate_gradient: tol and absolute_tol must be >= 0, got {tol} and {absolute_tol}")
     if max_iterations is not None and max_iterations < 0:
         raise ValueError(f"conjugate_gradient: max_iterations must be >= 0, got {max_iterations}")
     if start is not None and start.shape != b.shape:
-        raise ValueError(
-            f"conjugate_gradient: start must have b's shape {tuple(b.shape)}, got {tuple(start.shape)}"
-        )
+        raise ValueError(f"conjugate_gradient: start must have b's shape {tuple(b.shape)}, got {tuple(start.shape)}")

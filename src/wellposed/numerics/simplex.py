@@ -9,9 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def project_to_simplex(
-    v: Float[Tensor, "*batch"], radius: float = 1.0, dim: int = -1
-) -> Float[Tensor, "*batch"]:
+def project_to_simplex(v: Float[Tensor, "*batch"], radius: float = 1.0, dim: int = -1) -> Float[Tensor, "*batch"]:
     r"""Project along ``dim`` onto :math:`\{x : x \ge 0, \sum_i x_i = \text{radius}\}`; batched and exact.
 
     .. math:: x_i = \max(v_i - \tau, 0), \qquad
@@ -31,9 +29,7 @@ def project_to_simplex(
     if not (radius > 0 and math.isfinite(radius)):
         raise ValueError(f"project_to_simplex: radius must be > 0 and finite, got {radius}")
     if v.ndim == 0 or v.shape[dim] == 0:
-        raise ValueError(
-            f"project_to_simplex: v must have entries along dim {dim}, got shape {tuple(v.shape)}"
-        )
+        raise ValueError(f"project_to_simplex: v must have entries along dim {dim}, got shape {tuple(v.shape)}")
     wide = v.movedim(dim, -1).to(torch.promote_types(v.dtype, torch.float32))
     # Adding a constant does not change the projection. Without the shift the sums of large numbers would swallow
     # the radius: at v = 1e8 float32 has no digits left after the point.

@@ -38,9 +38,7 @@ class EarlyStopping(Regularizer):
 
     requires = frozenset({"validation"})
 
-    def __init__(
-        self, patience: int | None = None, metric: str = "loss", goal: Literal["min", "max"] = "min"
-    ) -> None:
+    def __init__(self, patience: int | None = None, metric: str = "loss", goal: Literal["min", "max"] = "min") -> None:
         super().__init__()
         if patience is not None and patience < 1:
             raise ValueError(f"EarlyStopping: patience must be >= 1 or None, got {patience!r}")

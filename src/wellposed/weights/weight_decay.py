@@ -62,4 +62,4 @@ class WeightDecay(Regularizer):
             return None
         named = dict(unwrap(step.model).named_parameters())
         squares = torch.stack([named[n].square().sum() for n in decayed_names(step.model, self.on)])  # type: ignore[arg-type]
-        return 0.5 * value_of(self.strength) * squares.sum()
+        return squares.sum() * (0.5 * value_of(self.strength))

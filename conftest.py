@@ -1,0 +1,23 @@
+"""Checks shapes and types of the contract and of the methods while the tests run, and keeps runs comparable."""
+
+import os
+import sys
+from pathlib import Path
+
+# Before torch is imported: test processes run side by side, and must not fight for the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+settings.register_profile("wellposed", deadline=None, derandomize=True, max_examples=25, database=None)
+settings.load_profile("wellposed")
+
+CHECKED = [
+    *("accumulation", "averaging", "batching", "bilevel", "charts", "compose", "evaluation", "hyperparameter"),
+    *("indexed_dataset", "metrics", "numerics", "objective", "pair", "parameters", "regularizer", "sample_table"),
+    *("step", "weights", "losses", "features", "gradients"),
+]
+sys.path.insert(0, str(Path(__file__).parent / "tests" / "support"))
+hook = install_import_hook([f"wellposed.{name}" for name in CHECKED], "wellposed_typechecker.check")
