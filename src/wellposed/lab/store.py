@@ -129,9 +129,7 @@ class Store:
         tables = inspect(connection).get_table_names()
         if not tables:
             # Two runs may create the store at the same moment.
-            connection.execute(
-                text("CREATE TABLE IF NOT EXISTS meta (name VARCHAR PRIMARY KEY, value VARCHAR)")
-            )
+            connection.execute(text("CREATE TABLE IF NOT EXISTS meta (name VARCHAR PRIMARY KEY, value VARCHAR)"))
             _metadata.create_all(connection, checkfirst=True)
             connection.execute(
                 insert(_meta).prefix_with("OR IGNORE").values(name="schema_version", value=str(SCHEMA_VERSION))

@@ -1,0 +1,248 @@
+"""`compare`: tune every arm alike, run the seeds, rank, report. The main job of wellposed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..lab.fingerprint import commit_of, fingerprint, machine
+from ..lab.progress import Watch
+from ..lab.runner import run_trials
+from ..lab.statistics import simultaneous_level, smallest_n
+from ..lab.store import Store
+from ..lab.trial import FIRST_EVALUATION_SEED, Outcome, Setting, Trial
+from ..lab.tuning import Tuned, tune_arms
+from ..papers.arms import Arm
+from .arms import REFERENCE, applicable_arms, build_regularizer, search_space
+from .errors import UserError
+from .models import check_model, describe_model
+from .task import Task
+from .training import run_trial
+
+SCALE = "compare"
+MINIMUM = (2, 3)
+"""Fewest tuning rounds and seeds that a budget may leave."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a comparison does.
+
+    Attributes:
+        methods: names of arms, or None for all that apply.
+        model: `module:function` of the user's model, or None.
+        budget: wall-clock seconds for tuning and seeds together, or None for no limit.
+        seeds: evaluation seeds an arm.
+        rounds: tuning configurations an arm.
+        workers: processes.
+        engine: "loky" or "serial".
+        output: folder of the store and the report.
+        command: the command line, for the report.
+    """
+
+    methods: Sequence[str] | None = None
+    model: str | None = None
+    budget: float | None = None
+    seeds: int = 12
+    rounds: int = 8
+    workers: int = 2
+    engine: str = "loky"
+    output: Path = Path("wellposed-report")
+    command: str = ""
+
+
+@dataclass
+class Finished:
+    """Everything that a comparison found, for ranking and report.
+
+    Attributes:
+        task: the prepared data.
+        options: as given.
+        arms: those that took part.
+        tuned: what tuning found for each.
+        outcomes: arm -> seed -> outcome.
+        rounds, seeds: as many as the budget allowed.
+        model: description of the network.
+        fingerprint, commit, machine, seconds: for the record.
+        notes: what a reader must know.
+    """
+
+    task: Task
+    options: Options
+    arms: list[Arm]
+    tuned: dict[str, Tuned]
+    outcomes: dict[str, dict[int, Outcome]]
+    rounds: int
+    seeds: list[int]
+    model: str
+    fingerprint: str
+    commit: str | None
+    machine: dict[str, Any]
+    seconds: float
+    notes: list[str]
+
+
+def check_options(options: Options) -> None:
+    """Check what does not depend on the data.
+
+    Raises:
+        UserError: naming the option, its value and what is allowed.
+    """
+    if options.seeds < 2:
+        raise UserError(f"--seeds must be at least 2, got {options.seeds}")
+    if options.rounds < 1:
+        raise UserError(f"--tuning-trials must be at least 1, got {options.rounds}")
+    if options.workers < 1:
+        raise UserError(f"--workers must be at least 1, got {options.workers}")
+    if options.budget is not None and options.budget <= 0:
+        raise UserError(f"--budget must be positive, got {options.budget:g} s")
+
+
+def compare(task: Task, options: Options, console: Console | None = None) -> Finished:
+    """Run a comparison. Finished trials are kept in the output folder: the same call continues a killed run.
+
+    Args:
+        task: the prepared data.
+        options: what to do.
+        console: where progress goes; standard error by default.
+
+    Raises:
+        UserError: before any training, for options or a model that do not fit.
+    """
+    check_options(options)
+    arms = applicable_arms(task, options.methods)
+    network = check_model(options.model, task)
+    for arm in arms:
+        settings = {name: part.middle() for name, part in search_space(arm, task).items()}
+        build_regularizer(arm, task, settings)  # a wrong setting must fail now, not in an hour
+    return _Comparison(task, options, arms, describe_model(network, task), console).run()
+
+
+class _Comparison:
+    def __init__(self, task: Task, options: Options, arms: list[Arm], model: str, console: Console | None) -> None:
+        self.task, self.options, self.arms, self.model = task, options, arms, model
+        options.output.mkdir(parents=True, exist_ok=True)
+        folder = options.output / "data"
+        task.save(folder)
+        self.store = Store(options.output / "trials.sqlite")
+        # The user's model is part of what a result depends on.
+        modules = ("wellposed.compare.training", *([options.model.partition(":")[0]] if options.model else []))
+        modules += tuple(arm.factory.partition(":")[0] for arm in arms if arm.factory)
+        self.fingerprint = fingerprint(*modules)
+        self.commit = commit_of(__file__)
+        self.function = partial(run_trial, folder=str(folder.resolve()), model=options.model)
+        self.console = console
+        self.started = time.monotonic()
+        self.deadline = None if options.budget is None else self.started + options.budget
+        self.notes: list[str] = []
+        self.rounds, self.n_seeds = options.rounds, options.seeds
+
+    def run(self) -> Finished:
+        with Watch(self.console) as watch:
+            self.watch = watch
+            tuned = self._tune()
+            seeds, outcomes = self._evaluate(tuned)
+        self.store.close()
+        return Finished(
+            task=self.task,
+            options=self.options,
+            arms=self.arms,
+            tuned=tuned,
+            outcomes=outcomes,
+            rounds=max(len(t.history) for t in tuned.values()),
+            seeds=seeds,
+            model=self.model,
+            fingerprint=self.fingerprint,
+            commit=self.commit,
+            machine=machine(),
+            seconds=time.monotonic() - self.started,
+            notes=self.notes,
+        )
+
+    def _tune(self) -> dict[str, Tuned]:
+        spaces = {arm.name: search_space(arm, self.task) for arm in self.arms}
+        self.watch.stage("tuning", len(spaces) * self.rounds)
+        tuned = tune_arms(
+            spaces,
+            partial(self._trial, "tune"),
+            self._run,
+            rounds=self.rounds,
+            keep_going=self._plan_budget,
+        )
+        self.watch.end_stage()
+        return tuned
+
+    def _plan_budget(self, done: int) -> bool:
+        """After the first round, which shows what a trial costs, decide how much the budget allows for all arms."""
+        if done == 1 and self.deadline is not None:
+            spent = time.monotonic() - self.started
+            left = self.deadline - time.monotonic()
+            # Evaluation also draws curves, and the report takes a moment.
+            planned = spent * ((self.rounds - 1) + 1.3 * self.n_seeds)
+            share = min(1.0, max(0.0, 0.92 * left / max(planned, 1e-9)))
+            if share < 1:
+                self.rounds = max(MINIMUM[0], math.floor(self.rounds * share))
+                remaining = 0.92 * left - spent * (self.rounds - 1)
+                affordable = math.floor(remaining / (1.3 * spent))
+                self.n_seeds = min(self.options.seeds, max(MINIMUM[1], affordable))
+                self.notes.append(
+                    f"the budget of {self.options.budget:g} s allowed {self.rounds} tuning trials and "
+                    f"{self.n_seeds} seeds an arm (asked: {self.options.rounds} and {self.options.seeds})"
+                )
+                level = simultaneous_level(len(self.arms) - 1)
+                if self.n_seeds < smallest_n(level):
+                    self.notes.append(
+                        f"{self.n_seeds} seeds cannot show a difference between {len(self.arms)} arms; "
+                        f"{smallest_n(level)} can: raise --budget, or name fewer --methods"
+                    )
+        return done < self.rounds
+
+    def _evaluate(self, tuned: dict[str, Tuned]) -> tuple[list[int], dict[str, dict[int, Outcome]]]:
+        seeds = list(range(FIRST_EVALUATION_SEED, FIRST_EVALUATION_SEED + self.n_seeds))
+        # Seed by seed through all arms: if time runs out, every arm has the same seeds.
+        trials = [self._trial("evaluate", arm, tuned[arm].settings, seed) for seed in seeds for arm in tuned]
+        self.watch.stage("seeds", len(trials))
+        # A planned evaluation may overrun its budget by half before it is cut: an answer beats a stopwatch.
+        deadline = None if self.deadline is None else self.deadline + 0.5 * (self.options.budget or 0)
+        outcomes = self._run(trials, deadline=deadline)
+        self.watch.end_stage()
+        found: dict[str, dict[int, Outcome]] = {arm: {} for arm in tuned}
+        for trial, outcome in zip(trials, outcomes, strict=True):
+            if outcome is not None:
+                found[trial.arm][trial.seed] = outcome
+        whole = [seed for seed in seeds if all(seed in by_seed for by_seed in found.values())]
+        if len(whole) < 2:
+            raise UserError(
+                f"the budget ended before two seeds of all {len(self.arms)} arms were done; raise --budget or name "
+                "fewer --methods. Finished trials are kept: the same command continues"
+            )
+        if len(whole) < len(seeds):
+            self.notes.append(f"time ran out: {len(whole)} of {len(seeds)} seeds are complete, the others are left out")
+        return whole, {arm: {seed: by_seed[seed] for seed in whole} for arm, by_seed in found.items()}
+
+    def _trial(self, phase: Any, arm: str, settings: dict[str, Setting], seed: int) -> Trial:
+        study = f"{self.task.digest}:{self.options.model or 'default'}"
+        return Trial(study, arm, SCALE, phase, settings, seed, self.fingerprint)
+
+    def _run(self, trials: list[Trial], deadline: float | None = None) -> list[Outcome | None]:
+        on_done: Callable[[Trial, Outcome], None] = lambda trial, outcome: self.watch.advance()  # noqa: E731
+        return run_trials(
+            trials,
+            self.function,
+            self.store,
+            workers=self.options.workers,
+            engine=self.options.engine,
+            on_done=on_done,
+            deadline=deadline,
+            commit=self.commit,
+        )
+
+
+__all__ = ["REFERENCE", "Finished", "Options", "check_options", "compare"]

