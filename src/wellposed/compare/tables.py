@@ -76,11 +76,11 @@ def encode(frame: pd.DataFrame, target: str | None, name: str, drop_missing: boo
         raise UserError(f"{name}: no column beside '{target}' can be used ({'; '.join(notes)})")
     used = used.assign(**{target: frame[target]})
     used, row_ids = _without_missing(used, name, drop_missing, notes)
-    parts = []
+    parts: list[pd.DataFrame] = []
     for column in used.columns.drop(target):
         values = used[column]
         if values.dtype.kind in "biuf":
-            parts.append(values.astype(np.float32).rename(column))
+            parts.append(values.astype(np.float32).to_frame())
         else:
             parts.append(pd.get_dummies(values.astype(str), prefix=column, prefix_sep="=", dtype=np.float32))
     encoded = pd.concat(parts, axis=1)

