@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 import webbrowser
-from enum import Enum
+from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +30,7 @@ data_app = typer.Typer(help="Data sets that ship inside packages.", no_args_is_h
 app.add_typer(data_app, name="data")
 
 
-class Engine(str, Enum):
+class Engine(StrEnum):
     """How trials run."""
 
     loky = "loky"
@@ -76,7 +76,9 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -194,7 +196,9 @@ def report(
         folder = next((p for p in (Path(name), base / name) if (p / "results.json").is_file()), Path(name))
         if not (folder / "results.json").is_file():
             names = [p.parent.name for p in known]
-            raise UserError(f"no finished comparison '{name}'.{suggestion(name, names)} Here: {', '.join(names) or 'none'}")
+            raise UserError(
+                f"no finished comparison '{name}'.{suggestion(name, names)} Here: {', '.join(names) or 'none'}"
+            )
     try:
         result = load_result(folder)
     except ValueError as error:
@@ -216,7 +220,9 @@ def data_list() -> None:
     for title in ("name", "task", "shape", "package", "size", "licence", ""):
         table.add_column(title, no_wrap=title in ("name", ""))
     for entry in list_datasets():
-        package = f"{entry.package} {entry.version}".strip() + ("" if entry.client == "bundled" else f" ({entry.client})")
+        package = f"{entry.package} {entry.version}".strip() + (
+            "" if entry.client == "bundled" else f" ({entry.client})"
+        )
         here = "here" if is_installed(entry) else "-"
         table.add_row(entry.name, entry.task, entry.shape, package, entry.size or "-", entry.licence, here)
     Console().print(table)
@@ -243,7 +249,9 @@ def doctor() -> None:
 
     console = Console(highlight=False)
     facts = machine()
-    console.print(f"wellposed {__version__} · Python {facts['python']} · {facts['platform']} · {facts['cores']} cores · {facts['memory_gib']} GiB")
+    console.print(
+        f"wellposed {__version__} · Python {facts['python']} · {facts['platform']} · {facts['cores']} cores · {facts['memory_gib']} GiB"
+    )
     wanted = {
         "core": ["torch", "numpy", "scipy", "jaxtyping", "lazy-loader"],
         "lab": ["joblib", "optuna", "sqlalchemy", "typer", "rich", "jinja2", "matplotlib", "scikit-learn", "scikit-image", "pandas", "pyarrow", "pillow", "platformdirs"],
@@ -257,12 +265,19 @@ def doctor() -> None:
         missing = [name for name, v in found.items() if v is None]
         present = ", ".join(f"{name} {v}" for name, v in found.items() if v is not None)
         how = "pip install wellposed" if extra == "core" else f"pip install 'wellposed[{extra}]'"
-        console.print(f"  {extra:<10}{'ok' if not missing else f'missing: {chr(44).join(missing)} ({how})'}  {present}", soft_wrap=True)
+        console.print(
+            f"  {extra:<10}{'ok' if not missing else f'missing: {chr(44).join(missing)} ({how})'}  {present}",
+            soft_wrap=True,
+        )
         broken |= bool(missing) and extra in ("core", "lab")
     try:
         import torch
 
-        device = "CUDA " + torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+        device = (
+            "CUDA " + torch.cuda.get_device_name()
+            if torch.cuda.is_available()
+            else f"CPU, {torch.get_num_threads()} threads"
+        )
         value = float((torch.eye(8) @ torch.eye(8)).sum())
         console.print(f"  {'torch':<10}{'works' if value == 8 else 'computes wrong numbers'} on {device}")
     except Exception as error:
@@ -279,5 +294,3 @@ def _installed(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-

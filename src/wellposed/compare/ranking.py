@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..lab.statistics import Interval, direction, mean_interval, paired_interval, sign_flip_p, simultaneous_level, smallest_n
+from ..lab.statistics import (
+    Interval,
+    direction,
+    mean_interval,
+    paired_interval,
+    sign_flip_p,
+    simultaneous_level,
+    smallest_n,
+)
 
 Group = Literal["better", "reference", "within noise", "worse"]
 
@@ -128,7 +136,18 @@ def rank(arms: Sequence[ArmRuns], reference: str, unit: str = "points") -> Ranki
 def _row(arm: ArmRuns, base: ArmRuns, level: float) -> Row:
     mean = mean_interval(arm.scores)
     if arm is base:
-        return Row(0, arm.name, arm.label, mean, None, None, "reference", 1.0, _ratio(arm.memory, base.memory), len(arm.failures))
+        return Row(
+            0,
+            arm.name,
+            arm.label,
+            mean,
+            None,
+            None,
+            "reference",
+            1.0,
+            _ratio(arm.memory, base.memory),
+            len(arm.failures),
+        )
     gaps = [x - y for x, y in zip(arm.scores, base.scores, strict=True)]
     groups: dict[int, Group] = {1: "better", 0: "within noise", -1: "worse"}
     return Row(

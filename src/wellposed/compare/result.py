@@ -84,11 +84,19 @@ def collect(finished: Finished) -> ComparisonResult:
         errors = [o.error for o in by_seed.values() if o.error]
         arms.append(
             ArmReport(
-                arm.name, arm.label, arm.about, arm.link, _runs(arm.name, arm.label, by_seed, task.worst_score),
-                settings, space, tuning, _curves(by_seed), _details(by_seed),
+                arm.name,
+                arm.label,
+                arm.about,
+                arm.link,
+                _runs(arm.name, arm.label, by_seed, task.worst_score),
+                settings,
+                space,
+                tuning,
+                _curves(by_seed),
+                _details(by_seed),
                 [o.metrics["best_epoch"] for o in by_seed.values() if "best_epoch" in o.metrics],
                 errors[0].strip().splitlines()[-1] if errors else None,
-            )  # fmt: skip
+            )
         )
     notes = [*task.notes, *finished.notes]
     for report in arms:
@@ -112,7 +120,9 @@ def write_files(result: ComparisonResult, finished: Finished) -> None:
     """Write results.json, results.csv, apply.py and, where a method suspects labels, label_issues.csv."""
     folder = finished.options.output
     winner = next(arm for arm in finished.arms if arm.name == result.winner)
-    text = script(winner, finished.task, finished.tuned[winner.name].settings, str(folder / "data"), finished.options.model)
+    text = script(
+        winner, finished.task, finished.tuned[winner.name].settings, str(folder / "data"), finished.options.model
+    )
     write_atomically(folder / "apply.py", text)
     result.issues = _label_issues(finished, folder)
     write_atomically(folder / "results.csv", _csv(result))
@@ -190,7 +200,9 @@ def _label_issues(finished: Finished, folder: Path) -> dict[str, Any] | None:
             row = rows[position]
             best = suggested[position].most_common(1)[0][0]
             given = task.classes[int(task.targets[row])]
-            writer.writerow([int(task.row_ids[row]), given, task.classes[best], f"{votes[position] / len(outcomes):.2f}"])
+            writer.writerow(
+                [int(task.row_ids[row]), given, task.classes[best], f"{votes[position] / len(outcomes):.2f}"]
+            )
         write_atomically(folder / "label_issues.csv", out.getvalue())
         return {"count": len(chosen), "path": str(folder / "label_issues.csv"), "label": arm.label}
     return None

@@ -72,9 +72,9 @@ def ordered(ranking: Ranking) -> list[Row | None]:
     """Rows best first; None where the group changes."""
     found: list[Row | None] = []
     for row in ranking.rows:
-        if found and found[-1] is not None and (found[-1].group == "better") != (row.group == "better"):
-            found.append(None)
-        elif found and found[-1] is not None and (found[-1].group == "worse") != (row.group == "worse"):
+        if (found and found[-1] is not None and (found[-1].group == "better") != (row.group == "better")) or (
+            found and found[-1] is not None and (found[-1].group == "worse") != (row.group == "worse")
+        ):
             found.append(None)
         found.append(row)
     return found
