@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -143,6 +143,7 @@ class _Comparison:
         self.deadline = None if options.budget is None else self.started + options.budget
         self.notes: list[str] = []
         self.rounds, self.n_seeds = options.rounds, options.seeds
+        self.trial_seconds = 0.0
 
     def run(self) -> Finished:
         with Watch(self.console) as watch:
@@ -182,7 +183,8 @@ class _Comparison:
     def _plan_budget(self, done: int) -> bool:
         """After the first round, which shows what a trial costs, decide how much the budget allows for all arms."""
         if done == 1 and self.deadline is not None:
-            spent = time.monotonic() - self.started
+            # What the trials themselves took: starting the workers is paid only once.
+            spent = self.trial_seconds / self.options.workers
             left = self.deadline - time.monotonic()
             # Evaluation also draws curves, and the report takes a moment.
             planned = spent * ((self.rounds - 1) + 1.3 * self.n_seeds)
@@ -232,7 +234,10 @@ class _Comparison:
         return Trial(study, arm, SCALE, phase, settings, seed, self.fingerprint)
 
     def _run(self, trials: list[Trial], deadline: float | None = None) -> list[Outcome | None]:
-        on_done: Callable[[Trial, Outcome], None] = lambda trial, outcome: self.watch.advance()  # noqa: E731
+        def on_done(trial: Trial, outcome: Outcome) -> None:
+            self.trial_seconds += outcome.seconds
+            self.watch.advance()
+
         return run_trials(
             trials,
             self.function,

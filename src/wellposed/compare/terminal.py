@@ -14,15 +14,16 @@ from .task import Task
 
 def print_header(task: Task, model: str, arms: int, options: Options, console: Console) -> None:
     """What is about to be done, before it begins."""
-    console.print(f"\n[bold]{task.name}[/bold] · {task.describe()} · model: {model}", highlight=False)
-    console.print(task.describe_split(), highlight=False)
+    console.print(f"\n[bold]{task.name}[/bold] · {task.describe()} · model: {model}", highlight=False, soft_wrap=True)
+    console.print(task.describe_split(), highlight=False, soft_wrap=True)
     console.print(
         f"{arms} arms · {options.rounds} tuning trials each on validation data, then {options.seeds} seeds on the test set · "
         f"{options.workers} worker{'s' if options.workers > 1 else ''}",
         highlight=False,
+        soft_wrap=True,
     )
     for note in task.notes:
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
 
 
 def print_result(result: ComparisonResult, finished: Finished, console: Console) -> None:
@@ -32,15 +33,16 @@ def print_result(result: ComparisonResult, finished: Finished, console: Console)
     console.print(ranked_table(ranking, result))
     console.print(Text(ranking.sentence, style="bold"))
     for note in result.notes[len(finished.task.notes) :]:
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
     if result.issues is not None and result.issues["path"]:
         console.print(
             f"{result.issues['count']} training labels look wrong to {result.issues['label']}: {result.issues['path']}",
             highlight=False,
+            soft_wrap=True,
         )
     console.print("\nUse it:", highlight=False)
     for line in result.usage.splitlines():
-        console.print(Text(f"    {line}", no_wrap=True, overflow="ignore"))
+        console.print(Text(f"    {line}"), soft_wrap=True)
     folder = finished.options.output
     console.print(f"\nreport      {folder / 'index.html'}", highlight=False, soft_wrap=True)
     console.print(f"full script {folder / 'apply.py'}", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work inside a process that lives on."""
+"""Peak memory of a process during one piece of work, though the process lives on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """Largest resident memory since `start`, above what the process held then; None where the system cannot tell.
+    """Largest resident memory of this process since `start`; None where the system cannot tell.
 
     A process's own maximum never falls, so that a worker which runs many trials would report the largest of them
     for all. Linux can reset its high-water mark.
@@ -17,27 +17,24 @@ class PeakMemory:
     Example:
         >>> peak = PeakMemory()
         >>> peak.start()
-        >>> peak.read() is None or peak.read() >= 0
+        >>> peak.read() is None or peak.read() > 0
         True
     """
 
     def __init__(self) -> None:
-        self._before: int | None = None
+        self._reset = False
 
     def start(self) -> None:
         """Reset the mark."""
         try:
             _CLEAR.write_text("5")
-            self._before = _field("VmRSS")
+            self._reset = True
         except OSError:
-            self._before = None
+            self._reset = False
 
     def read(self) -> int | None:
         """Bytes."""
-        if self._before is None:
-            return None
-        peak = _field("VmHWM")
-        return None if peak is None else max(0, peak - self._before)
+        return _field("VmHWM") if self._reset else None
 
 
 def _field(name: str) -> int | None:

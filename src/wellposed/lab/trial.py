@@ -92,7 +92,7 @@ class Outcome:
         status: "finished", "diverged" (training left the finite numbers) or "failed".
         metrics, curves, artifacts: as in `TrialResult`.
         seconds: wall time of the trial.
-        peak_memory: bytes above the process's memory at the start of the trial, or None where it cannot be told.
+        peak_memory: largest resident memory of the process in bytes, or None where it cannot be told.
         error: traceback, or None.
         attempts: how often the trial was tried.
         commit: version of the code, for the record.
