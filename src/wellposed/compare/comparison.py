@@ -18,7 +18,7 @@ from ..lab.runner import run_trials
 from ..lab.statistics import simultaneous_level, smallest_n
 from ..lab.store import Store
 from ..lab.trial import FIRST_EVALUATION_SEED, Outcome, Setting, Trial
-from ..lab.tuning import Tuned, tune_arms
+from ..lab.tuning import Tuned, seconds_left, tune_arms
 from ..papers.arms import Arm
 from .arms import REFERENCE, applicable_arms, build_regularizer, search_space
 from .errors import UserError
@@ -29,6 +29,12 @@ from .training import run_trial
 SCALE = "compare"
 MINIMUM = (2, 3)
 """Fewest tuning rounds and seeds that a budget may leave."""
+
+EFFICIENCY = 0.9
+"""Share of the time in which workers train; the rest is starting, waiting for the last one, and the report."""
+
+EVALUATION_COST = 1.3
+"""An evaluation also measures curves and the test set."""
 
 
 @dataclass(frozen=True)
@@ -178,33 +184,37 @@ class _Comparison:
             keep_going=self._plan_budget,
         )
         self.watch.end_stage()
+        self._plan_seeds(max(len(t.history) for t in tuned.values()))
         return tuned
 
     def _plan_budget(self, done: int) -> bool:
-        """After the first round, which shows what a trial costs, decide how much the budget allows for all arms."""
+        """After the first round, which shows what a trial costs, decide how many rounds the budget allows."""
         if done == 1 and self.deadline is not None:
-            # What the trials themselves took: starting the workers is paid only once.
-            spent = self.trial_seconds / self.options.workers
-            left = self.deadline - time.monotonic()
-            # Evaluation also draws curves, and the report takes a moment.
-            planned = spent * ((self.rounds - 1) + 1.3 * self.n_seeds)
-            share = min(1.0, max(0.0, 0.92 * left / max(planned, 1e-9)))
-            if share < 1:
-                self.rounds = max(MINIMUM[0], math.floor(self.rounds * share))
-                remaining = 0.92 * left - spent * (self.rounds - 1)
-                affordable = math.floor(remaining / (1.3 * spent))
-                self.n_seeds = min(self.options.seeds, max(MINIMUM[1], affordable))
-                self.notes.append(
-                    f"the budget of {self.options.budget:g} s allowed {self.rounds} tuning trials and "
-                    f"{self.n_seeds} seeds an arm (asked: {self.options.rounds} and {self.options.seeds})"
-                )
-                level = simultaneous_level(len(self.arms) - 1)
-                if self.n_seeds < smallest_n(level):
-                    self.notes.append(
-                        f"{self.n_seeds} seeds cannot show a difference between {len(self.arms)} arms; "
-                        f"{smallest_n(level)} can: raise --budget, or name fewer --methods"
-                    )
+            rounds = EFFICIENCY * seconds_left(self.deadline) / self._round_seconds(done)
+            wanted = (self.rounds - 1) + EVALUATION_COST * self.n_seeds
+            # Seeds come first: below this number no difference can be shown, however well the arms are tuned.
+            enough = min(self.n_seeds, smallest_n(simultaneous_level(len(self.arms) - 1)))
+            seeds = max(enough, math.floor(self.n_seeds * rounds / wanted))
+            affordable = 1 + math.floor(rounds - EVALUATION_COST * seeds)
+            self.rounds = min(self.rounds, max(MINIMUM[0], affordable))
         return done < self.rounds
+
+    def _plan_seeds(self, done: int) -> None:
+        """As many seeds as the time left allows; decided by time alone, before any result is seen."""
+        if self.deadline is not None:
+            cost = EVALUATION_COST * self._round_seconds(done)
+            affordable = math.floor(EFFICIENCY * seconds_left(self.deadline) / cost)
+            self.n_seeds = min(self.n_seeds, max(MINIMUM[1], affordable))
+        asked = self.options
+        if self.rounds < asked.rounds or self.n_seeds < asked.seeds:
+            self.notes.append(
+                f"the budget of {asked.budget:g} s allowed {self.rounds} tuning trials and {self.n_seeds} seeds an arm "
+                f"(asked: {asked.rounds} and {asked.seeds})"
+            )
+
+    def _round_seconds(self, rounds: int) -> float:
+        """Wall time of one trial of every arm, from what the trials themselves took: workers start only once."""
+        return max(1e-3, self.trial_seconds / self.options.workers / rounds)
 
     def _evaluate(self, tuned: dict[str, Tuned]) -> tuple[list[int], dict[str, dict[int, Outcome]]]:
         seeds = list(range(FIRST_EVALUATION_SEED, FIRST_EVALUATION_SEED + self.n_seeds))

@@ -22,8 +22,9 @@ from .arms import build_regularizer
 from .models import default_model, load_user_model
 from .task import Task
 
-CURVE_EXAMPLES = 2000
-"""Curves of training and test data are measured on at most this many examples."""
+CURVE_EXAMPLES = 1000
+CURVE_POINTS = 20
+"""Curves are measured on at most so many examples of each part, after at most about so many epochs."""
 
 
 def recipe(task: Task, settings: Mapping[str, Setting]) -> dict[str, Any]:
@@ -131,6 +132,10 @@ class _Curves:
             self.wrong = (data["train_targets"] != data["true_targets"])[self.rows["train"]]
 
     def __call__(self, step: Step, entry: dict[str, float]) -> None:
+        every = max(1, step.epochs // CURVE_POINTS)
+        if step.epoch % every and not step.finished:
+            return
+        self._add("epoch", float(step.epoch))
         for part, rows in self.rows.items():
             outputs, targets = _predict(
                 step.model, self.data[f"{part}_inputs"][rows], self.data[f"{part}_targets"][rows]

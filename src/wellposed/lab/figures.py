@@ -132,7 +132,9 @@ def _apart(values: Sequence[float], gap: float) -> list[float]:
 def curves(
     panels: Sequence[tuple[str, Mapping[str, Sequence[Sequence[float]]], float | None]], y_label: str, title: str
 ) -> str:
-    """Training curves, a panel an arm: `(label, {line: seeds x epochs}, epoch where it stopped)`.
+    """Training curves, a panel an arm: `(label, {line: seeds x points}, epoch where it stopped)`.
+
+    A line called "epoch" gives the points' places; else they are numbered from 1.
 
     Lines are means over seeds, the band is the range from the lowest to the highest seed.
 
@@ -148,8 +150,12 @@ def curves(
             lines, columns, figsize=(8.4, 2.5 * lines + 0.3), sharey=True, squeeze=False, layout="constrained"
         )
         for axes, (label, found, stop) in zip(grid.flat, panels, strict=False):
+            places = found.get("epoch")
             for name, seeds in found.items():
-                _band(axes, seeds, name, colours.get(name, INK), dashes.get(name, "-"))
+                if name != "epoch":
+                    _band(
+                        axes, seeds, places[0] if places else None, name, colours.get(name, INK), dashes.get(name, "-")
+                    )
             if stop is not None:
                 axes.axvline(stop, color=LINE, linewidth=1)
                 axes.annotate(
@@ -168,12 +174,14 @@ def curves(
         return _svg(figure, title)
 
 
-def _band(axes: Axes, seeds: Sequence[Sequence[float]], name: str, colour: str, dash: object) -> None:
+def _band(
+    axes: Axes, seeds: Sequence[Sequence[float]], places: Sequence[float] | None, name: str, colour: str, dash: Any
+) -> None:
     length = min(len(seed) for seed in seeds)
     values = np.array([seed[:length] for seed in seeds], float)
-    epochs = np.arange(1, length + 1)
+    epochs = np.arange(1, length + 1) if places is None else np.asarray(places[:length])
     axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.13, linewidth=0)
-    axes.plot(epochs, values.mean(0), color=colour, linewidth=1.8, linestyle=dash, label=name)  # type: ignore[arg-type]
+    axes.plot(epochs, values.mean(0), color=colour, linewidth=1.8, linestyle=dash, label=name)
 
 
 def _svg(figure: Figure, title: str) -> str:
