@@ -225,4 +225,7 @@ class WeightAverage(nn.Module):
             name = key.removeprefix(prefix)
             if key.startswith(prefix) and "." not in name and name != "_extra_state" and name not in self._buffers:
                 self.register_buffer(name, torch.empty_like(value, device=device))
+        # And it may hold fewer than this average tracks: those start anew at the update that finds them trainable.
+        for name in [name for name in self._buffers if prefix + name not in state_dict]:
+            del self._buffers[name]
         super()._load_from_state_dict(state_dict, prefix, *arguments, **keywords)

@@ -52,7 +52,7 @@ def print_result(result: ComparisonResult, finished: Finished, console: Console)
 def ranked_table(ranking: Ranking, result: ComparisonResult) -> Table:
     """One line an arm, with dividers between what is better, within noise of, and worse than the reference."""
     reference = next(row for row in ranking.rows if row.group == "reference")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("", justify="right", min_width=2)
     table.add_column("arm", no_wrap=True)
     table.add_column(result.metric, justify="right", no_wrap=True)

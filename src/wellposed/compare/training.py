@@ -89,6 +89,11 @@ def run_trial(trial: Trial, folder: str, model: str | None = None) -> TrialResul
             metrics["best_epoch"] = float(regularizer.best_epoch)  # type: ignore[union-attr, arg-type]
         if hasattr(regularizer, "label_issues"):
             flagged = regularizer.label_issues(data["train_targets"])  # type: ignore[union-attr, operator]
+            if task.noise:
+                wrong = data["train_targets"] != data["true_targets"]
+                found = float((flagged & wrong).sum())
+                metrics["issue_precision"] = found / max(1, int(flagged.sum()))
+                metrics["issue_recall"] = found / max(1, int(wrong.sum()))
             artifacts["label_issues"] = np.flatnonzero(flagged.cpu().numpy()).tolist()
             artifacts["suggested"] = regularizer.soft_targets().argmax(1)[flagged].tolist()  # type: ignore[union-attr, operator]
     if not np.isfinite(list(metrics.values())).all():
