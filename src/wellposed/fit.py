@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from .accumulation import Accumulation
 from .batching import as_batch, to_device, unwrap
+from .bilevel import BilevelProblem, Tuner
 from .checkpoint import load_checkpoint, random_state, restore_random_state, save_atomically
 from .compose import Compose
 from .evaluation import Metric, evaluate
@@ -75,7 +76,7 @@ def fit(
     progress: bool = False,
     checkpoint: str | Path | None = None,
     on_epoch_end: Callable[[Step, dict[str, float]], None] | None = None,
-    tuner: Any = None,
+    tuner: Callable[[BilevelProblem], Tuner] | None = None,
 ) -> FitResult:
     """Train `model` on `data` under a regularizer.
 
@@ -105,7 +106,8 @@ def fit(
         progress: print one line an epoch.
         checkpoint: file written after every epoch; if it exists, the run continues from it, bit for bit.
         on_epoch_end: called with the step and the epoch's history entry.
-        tuner: a `wellposed.Tuner`; it owns the loop and gets everything above through its `fit` method.
+        tuner: a function `BilevelProblem -> Tuner` (e.g. a Tuner class). The tuner owns the loop then: it trains the
+            parameters and learns the regularizer's hyperparameters on `validation`, for as many steps.
 
     Returns:
         `FitResult`, with the finished model.
@@ -128,10 +130,27 @@ def fit(
     _check(options)
     regularizer = _with_early_stopping(regularizer or Regularizer(), early_stopping)
     if tuner is not None:
-        own = ("tuner", "regularizer", "early_stopping")
-        return tuner.fit(regularizer=regularizer, **{k: v for k, v in options.items() if k not in own})  # type: ignore[no-any-return]
+        with _seeded(seed):
+            return _run_tuner(options, regularizer, tuner)
     with _seeded(seed):
         return _Run(options, regularizer).train()
+
+
+def _run_tuner(options: dict[str, Any], regularizer: Regularizer, make: Callable[[BilevelProblem], Tuner]) -> FitResult:
+    if options["validation"] is None:
+        raise ValueError("fit: a tuner learns on validation data; pass validation=")
+    started = time.perf_counter()
+    model = regularizer.attach(options["model"])
+    train = _as_loader(options["data"], options["batch_size"], options["seed"], shuffle=True)
+    validation = _as_loader(options["validation"], options["batch_size"], options["seed"], shuffle=True)
+    tuner = make(BilevelProblem.from_regularizer(model, regularizer, options["criterion"]))
+    infos = tuner.run(train, validation, options["epochs"] * len(train))
+    history = [
+        {"epoch": i // len(train) + 1, **info.values, "loss": info.inner_loss or 0.0}
+        for i, info in enumerate(infos)
+        if (i + 1) % len(train) == 0
+    ]
+    return FitResult(regularizer.finish(model), history, None, time.perf_counter() - started)
 
 
 class _Run:

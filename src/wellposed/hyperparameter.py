@@ -228,11 +228,12 @@ def split(vector: Tensor, hyperparameters: Mapping[str, Hyperparameter]) -> dict
     """A flat vector cut into each hyperparameter's shape, differentiably; what `substituted` takes."""
     parts: dict[Hyperparameter, Tensor] = {}
     start = 0
+    size = sum(h.raw.numel() for h in hyperparameters.values())
+    if size != vector.numel():
+        raise ValueError(f"split: vector must hold {size} values, got {vector.numel()}")
     for h in hyperparameters.values():
         parts[h] = vector[start : start + h.raw.numel()].reshape(h.raw.shape)
         start += h.raw.numel()
-    if start != vector.numel():
-        raise ValueError(f"split: vector must hold {start} values, got {vector.numel()}")
     return parts
 
 

@@ -37,6 +37,7 @@ from wellposed import (
     fit,
 )
 from wellposed.accumulation import Accumulation
+from wellposed.checkpoint import save_atomically
 from wellposed.gradients import SharpnessAwareMinimization
 from wellposed.losses import EarlyLearning
 from wellposed.regularizer import check_requirements
@@ -361,8 +362,6 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(tmp_path, monkeypatch
 
     monkeypatch.setattr("wellposed.checkpoint.os.fsync", full)
     with pytest.raises(RuntimeError, match="No space left on device; the previous checkpoint is intact"):
-        from wellposed.checkpoint import save_atomically
-
         save_atomically({"run": {}}, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
