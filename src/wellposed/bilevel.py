@@ -239,7 +239,7 @@ class _Objective(nn.Module):
     def write_state(self) -> None:
         if self._last is None:
             raise RuntimeError("BilevelProblem.write_state: no inner evaluation was made yet")
-        self._rest[0].on_backward(self._last)  # type: ignore[union-attr, operator]
+        self._rest[0].on_backward(self._last)  # type: ignore[attr-defined]
         self._last = None
 
     def forward(self, sample: Any, inner: bool) -> Tensor:
