@@ -127,11 +127,13 @@ class _Run:
         if self.engine == "ray":
             return _ray_pool(workers)
         return Parallel(
-            n_jobs=workers,
+            # joblib runs a single job in the driver itself, where a crash would take everything: two processes at
+            # least, and as many trials under way as workers were asked for.
+            n_jobs=max(2, workers),
             backend="loky",
             return_as="generator_unordered",
             # One trial at a time to each worker, so that the store is asked just before it starts.
-            pre_dispatch=workers + 1,
+            pre_dispatch=1 if workers == 1 else workers + 1,
             batch_size=1,
             inner_max_num_threads=1,
             timeout=None,

@@ -1,0 +1,84 @@
+"""Tuning: equal budgets, reproducible proposals, resumption, and search spaces that are checked."""
+
+import pytest
+
+from wellposed.lab.trial import Outcome, Trial
+from wellposed.lab.tuning import parse_space, tune_arms
+
+SPACE = parse_space({"x": {"low": 0.0, "high": 1.0, "default": 0.9}, "kind": {"choices": ["a", "b"]}})
+
+
+def make(arm, settings, seed):
+    return Trial("s", arm, "smoke", "tune", settings, seed, "f")
+
+
+def run(trials, log=None):
+    if log is not None:
+        log.append(sorted(trial.arm for trial in trials))
+    return [Outcome("finished", {"score": -((t.settings.get("x", 0.5) - 0.3) ** 2) - t.seed}) for t in trials]
+
+
+def test_every_arm_gets_equally_many_trials_and_begins_with_its_defaults():
+    log = []
+    tuned = tune_arms({"p": SPACE, "q": SPACE}, make, lambda t: run(t, log), rounds=6, seeds=(0, 1))
+    assert all(arms == ["p", "p", "q", "q"] for arms in log)
+    for found in tuned.values():
+        assert len(found.history) == 6
+        assert found.history[0][0] == {"x": 0.9, "kind": "a"}
+        assert found.score == max(score for _, score in found.history)
+        assert found.score > found.history[0][1]
+
+
+def test_the_same_call_proposes_the_same_settings():
+    first, second = (tune_arms({"p": SPACE}, make, run, rounds=8)["p"].history for _ in range(2))
+    assert first == second
+
+
+def test_an_arm_without_knobs_is_tried_once():
+    log = []
+    tuned = tune_arms({"p": {}, "q": SPACE}, make, lambda t: run(t, log), rounds=3)
+    assert tuned["p"].settings == {}
+    assert log == [["p", "q"], ["q"], ["q"]]
+
+
+def test_failed_and_diverged_configurations_are_never_chosen():
+    def half(trials):
+        found = run(trials)
+        return [Outcome("diverged", error="inf") if t.settings["x"] > 0.5 else o for t, o in zip(trials, found, strict=True)]
+
+    tuned = tune_arms({"p": SPACE}, make, half, rounds=8)["p"]
+    assert tuned.history[0][1] is None
+    assert tuned.settings["x"] <= 0.5
+    with pytest.raises(RuntimeError, match=r"no configuration of arm 'p' could be run(?s:.)*boom"):
+        tune_arms({"p": SPACE}, make, lambda t: [Outcome("failed", error="boom")] * len(t), rounds=2)
+
+
+def test_a_round_cut_by_the_deadline_teaches_no_arm():
+    calls = []
+
+    def cut(trials):
+        calls.append(1)
+        return run(trials)[:-1] + [None] if len(calls) == 3 else run(trials)
+
+    tuned = tune_arms({"p": SPACE, "q": SPACE}, make, cut, rounds=6)
+    assert {len(found.history) for found in tuned.values()} == {2}
+
+
+def test_tuning_seeds_are_not_evaluation_seeds():
+    with pytest.raises(ValueError, match="seeds must lie below 1000"):
+        tune_arms({"p": SPACE}, make, run, rounds=1, seeds=(1000,))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"x": {"low": 2, "high": 1}}, "elr: x: needs choices, or low < high"),
+        ({"x": {"low": 0, "high": 1, "log": True}}, "low must be > 0 on a logarithmic scale, got 0"),
+        ({"x": {"lo": 1}}, r"unknown \['lo'\]; allowed keys"),
+        ({"x": {"choices": [1, 2], "default": 3}}, "choices must hold at least one value, and the default"),
+        ({"x": {"low": 0, "high": 1, "default": 3}}, r"default must lie in \[0, 1\], got 3"),
+    ],
+)
+def test_wrong_spaces_are_refused_by_name(table, message):
+    with pytest.raises(ValueError, match=message):
+        parse_space(table, "elr")
