@@ -11,7 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -42,23 +41,23 @@ def run(arguments: list[str]) -> int:
     try:
         code: Any = app(arguments, standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         return stop.exit_code
-    except click.ClickException as error:
-        return _fail(error.format_message(), 2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted. Finished trials are kept; the same command continues", 130)
     except Exception as error:
         known = _known_errors(error)
         if known is None:
             raise
-        return _fail(str(error), known)
+        # Errors in the words of the command itself know how to say which option is wrong.
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        return _fail(message, known)
 
 
 def _known_errors(error: Exception) -> int | None:
     """Exit code of an error whose message is all that a user needs; None for a defect, whose traceback we want."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    if names & {"UserError", "UnknownPaper", "DatasetError"}:
+    if names & {"UserError", "UnknownPaper", "DatasetError", "ClickException"}:
         return 2
     return 1 if names & {"StoreError", "WriteError", "CheckpointError"} else None
 
@@ -128,7 +127,7 @@ def parse_duration(text: str) -> float:
     """Seconds of "90", "90s", "10m" or "1.5h".
 
     Raises:
-        click.BadParameter: for anything else.
+        typer.BadParameter: for anything else.
 
     Example:
         >>> parse_duration("10m"), parse_duration("90s")
@@ -139,9 +138,9 @@ def parse_duration(text: str) -> float:
     try:
         seconds = float(text[:-1]) * unit if unit else float(text)
     except ValueError:
-        raise click.BadParameter(f"--budget must read like 90s, 10m or 1h, got '{text}'") from None
+        raise typer.BadParameter(f"--budget must read like 90s, 10m or 1h, got '{text}'") from None
     if not 0 < seconds < float("inf"):
-        raise click.BadParameter(f"--budget must be positive, got '{text}'")
+        raise typer.BadParameter(f"--budget must be positive, got '{text}'")
     return seconds
 
 

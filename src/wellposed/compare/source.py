@@ -104,11 +104,12 @@ def _registered(data: str) -> Source:
         raise UserError(str(error)) from error
     except DatasetError:
         path = Path(data)
-        near = suggestion(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
+        files = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = suggestion(path.name, [name for name in files if not name.startswith(".")])
         if path.suffix or "/" in data:
             raise UserError(f"no file '{data}'.{near}") from None
         raise UserError(
-            f"no file and no data set '{data}'.{near or suggestion(data, names)} Data sets: wellposed data list"
+            f"no file and no data set '{data}'.{suggestion(data, names) or near} Data sets: wellposed data list"
         ) from None
     return Source(
         data, arrays.inputs, arrays.targets, arrays.task, arrays.classes, arrays.features,
