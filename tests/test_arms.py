@@ -68,7 +68,13 @@ def test_label_smoothing_equals_torch_and_handles_tokens_and_soft_targets():
 
 
 def test_mixup_mixes_inputs_and_targets_alike_and_tells_the_partner():
-    step = Step(nn.Identity(), inputs=X[:8], targets=Y[:8], index=torch.arange(8) + 100, generator=torch.Generator().manual_seed(0))
+    step = Step(
+        nn.Identity(),
+        inputs=X[:8],
+        targets=Y[:8],
+        index=torch.arange(8) + 100,
+        generator=torch.Generator().manual_seed(0),
+    )
     Mixup(1.0, num_classes=4).on_batch(step)
     c, partner = step.extra["mix"][:, None], step.extra["partner"] - 100
     hard = F.one_hot(Y[:8], 4).float()
@@ -96,7 +102,13 @@ def test_mixup_finds_the_number_of_classes_by_itself_and_mixes_real_targets():
 def test_sam_takes_the_gradient_at_the_perturbed_point():
     model = smooth_network()
     before = copy.deepcopy(model)
-    fit(model, TensorLoader(X, Y, batch_size=64), epochs=1, regularizer=SharpnessAwareMinimization(0.1), optimizer=partial(torch.optim.SGD, lr=0.5))
+    fit(
+        model,
+        TensorLoader(X, Y, batch_size=64),
+        epochs=1,
+        regularizer=SharpnessAwareMinimization(0.1),
+        optimizer=partial(torch.optim.SGD, lr=0.5),
+    )
     parameters = list(before.parameters())
     g = torch.autograd.grad(F.cross_entropy(before(X), Y), parameters)
     norm = torch.sqrt(sum((x**2).sum() for x in g))
@@ -127,7 +139,9 @@ def test_weight_averaging_equals_torch_swa_utils():
         reference.update_parameters(step.model)
 
     loader = TensorLoader(X, Y, batch_size=64)
-    found = fit(model, loader, epochs=5, regularizer=WeightAveraging(0.9, warmup=False), optimizer=SGD, on_epoch_end=watch).model
+    found = fit(
+        model, loader, epochs=5, regularizer=WeightAveraging(0.9, warmup=False), optimizer=SGD, on_epoch_end=watch
+    ).model
     torch.testing.assert_close(flat(found), flat(reference.module))
 
 

@@ -30,7 +30,20 @@ def test_fit_is_the_loop_that_anyone_would_write():
 
 def test_datasets_are_indexed_and_the_seed_decides_the_order():
     dataset = TensorDataset(X, Y)
-    runs = [flat(fit(smooth_network(), dataset, epochs=2, batch_size=16, optimizer=SGD, seed=s, regularizer=EarlyLearning(64, 4)).model) for s in (0, 0, 1)]
+    runs = [
+        flat(
+            fit(
+                smooth_network(),
+                dataset,
+                epochs=2,
+                batch_size=16,
+                optimizer=SGD,
+                seed=s,
+                regularizer=EarlyLearning(64, 4),
+            ).model
+        )
+        for s in (0, 0, 1)
+    ]
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
 
@@ -125,5 +138,12 @@ def test_arguments_are_refused_by_name_before_any_training(options, kind, messag
 
 
 def test_bfloat16_autocast_trains():
-    result = fit(smooth_network(), TensorLoader(X, Y, batch_size=16), epochs=5, optimizer=SGD, amp=torch.bfloat16, regularizer=EarlyLearning(64, 4))
+    result = fit(
+        smooth_network(),
+        TensorLoader(X, Y, batch_size=16),
+        epochs=5,
+        optimizer=SGD,
+        amp=torch.bfloat16,
+        regularizer=EarlyLearning(64, 4),
+    )
     assert result.history[-1]["loss"] < result.history[0]["loss"]

@@ -46,7 +46,6 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "metrics",
         "numerics",
         "papers",
-        "tuning",
         "weights",
     ],
     submod_attrs={

@@ -33,7 +33,20 @@ def command(*words, cwd):
 
 
 def test_compare_ranks_writes_a_report_and_runs_nothing_twice(tmp_path):
-    words = ("compare", "iris", "--noise", "0.2", "--methods", "elr", "--seeds", "3", "--tuning-trials", "1", "--engine", "serial")
+    words = (
+        "compare",
+        "iris",
+        "--noise",
+        "0.2",
+        "--methods",
+        "elr",
+        "--seeds",
+        "3",
+        "--tuning-trials",
+        "1",
+        "--engine",
+        "serial",
+    )
     first = command(*words, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "150 rows, 4 features, 3 classes" in first.stdout
@@ -43,7 +56,11 @@ def test_compare_ranks_writes_a_report_and_runs_nothing_twice(tmp_path):
     page = (folder / "index.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
-    assert {arm["name"] for arm in json.loads((folder / "results.json").read_text())["arms"]} == {"plain", "early-stopping", "elr"}
+    assert {arm["name"] for arm in json.loads((folder / "results.json").read_text())["arms"]} == {
+        "plain",
+        "early-stopping",
+        "elr",
+    }
     assert len((folder / "results.csv").read_text().splitlines()) == 1 + 3 * 3
     script = command_python(folder / "apply.py", tmp_path)
     assert script.returncode == 0, script.stderr
@@ -65,7 +82,9 @@ def command_python(path, cwd):
 def test_nine_arms_or_more_take_part_in_classification(iris):
     arms = applicable_arms(iris)
     assert len(arms) >= 9
-    assert {"plain", "early-stopping", "weight-decay", "dropout", "label-smoothing", "mixup", "elr"} <= {a.name for a in arms}
+    assert {"plain", "early-stopping", "weight-decay", "dropout", "label-smoothing", "mixup", "elr"} <= {
+        a.name for a in arms
+    }
     for arm in arms:
         space = search_space(arm, iris)
         assert {"learning_rate", "epochs"} <= set(space)
@@ -91,7 +110,9 @@ def test_every_arm_can_be_built_and_its_usage_runs(iris, tmp_path):
 
 def test_regression_and_imbalance_are_compared_too(tmp_path):
     task = Task.prepare(read_source("diabetes"))
-    options = Options(methods=["dropout", "weight-decay"], seeds=2, rounds=1, engine="serial", workers=1, output=tmp_path)
+    options = Options(
+        methods=["dropout", "weight-decay"], seeds=2, rounds=1, engine="serial", workers=1, output=tmp_path
+    )
     result = collect(compare(task, options))
     assert result.metric == "R²"
     assert {arm.name for arm in result.arms} == {"plain", "early-stopping", "weight-decay", "dropout"}
@@ -166,5 +187,3 @@ def test_help_does_not_import_torch():
     code = "import sys; from wellposed.commands import run; run(['--help']); run(['papers']); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-

@@ -61,7 +61,11 @@ def test_numbers_are_regression_and_few_whole_numbers_are_classes(table):
 def test_missing_files_and_columns_suggest_the_nearest(table, tmp_path):
     path, _ = table
     refuse(r"no file '.*custmers.csv'. Did you mean 'customers.csv'\?", tmp_path / "custmers.csv", target="churned")
-    refuse(r"customers.csv has no column 'churn'. Did you mean 'churned'\? Columns: age, income, .* \(7\)", path, target="churn")
+    refuse(
+        r"customers.csv has no column 'churn'. Did you mean 'churned'\? Columns: age, income, .* \(7\)",
+        path,
+        target="churn",
+    )
     refuse("say which column to predict with --target", path)
     refuse(r"no file and no data set 'digit'. Did you mean 'digits'\?", "digit")
 
@@ -122,7 +126,9 @@ def test_a_folder_of_images_by_class(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "pets" / name).mkdir(parents=True)
         for i in range(6):
-            Image.fromarray(random.integers(0, 255, (20, 30), dtype=np.uint8)).save(tmp_path / "pets" / name / f"{i}.png")
+            Image.fromarray(random.integers(0, 255, (20, 30), dtype=np.uint8)).save(
+                tmp_path / "pets" / name / f"{i}.png"
+            )
     source = read_source(str(tmp_path / "pets"), image_size=16)
     assert source.inputs.shape == (12, 1, 16, 16)
     assert source.classes == ("cat", "dog")
@@ -134,4 +140,7 @@ def test_a_folder_of_images_by_class(tmp_path):
 
 def test_a_data_set_that_is_not_installed_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setattr("wellposed.datasets.registry.locate", lambda *_: None)
-    refuse(r"fashion-mnist is not installed; get it with: wellposed data get fashion-mnist \(Debian package dataset-fashion-mnist, 30.9 MB, MIT\)", "fashion-mnist")
+    refuse(
+        r"fashion-mnist is not installed; get it with: wellposed data get fashion-mnist \(Debian package dataset-fashion-mnist, 30.9 MB, MIT\)",
+        "fashion-mnist",
+    )

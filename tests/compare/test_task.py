@@ -26,8 +26,14 @@ def test_splits_are_disjoint_complete_and_stratified(rows, classes, seed):
 def make(rows=200, kind="classification", noise=0.0, positive=0.5):
     random = np.random.default_rng(0)
     x = (5 + 3 * random.normal(size=(rows, 4))).astype(np.float32)
-    y = (random.random(rows) < positive).astype(np.int64) if kind == "classification" else (x[:, 0] * 10).astype(np.float32)
-    return Task.prepare(Source("made", x, y, kind, ("no", "yes") if kind == "classification" else (), row_ids=np.arange(rows)), noise)
+    y = (
+        (random.random(rows) < positive).astype(np.int64)
+        if kind == "classification"
+        else (x[:, 0] * 10).astype(np.float32)
+    )
+    return Task.prepare(
+        Source("made", x, y, kind, ("no", "yes") if kind == "classification" else (), row_ids=np.arange(rows)), noise
+    )
 
 
 def test_the_training_part_alone_decides_the_scale():
@@ -89,7 +95,14 @@ def test_default_models_fit_the_data_and_are_seeded():
     first, second, other = (next(default_model(table, s).parameters()) for s in (0, 0, 1))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
-    images = Source("i", np.zeros((40, 3, 20, 20), np.float32), np.arange(40) % 2, "classification", ("a", "b"), row_ids=np.arange(40))
+    images = Source(
+        "i",
+        np.zeros((40, 3, 20, 20), np.float32),
+        np.arange(40) % 2,
+        "classification",
+        ("a", "b"),
+        row_ids=np.arange(40),
+    )
     task = Task.prepare(images)
     model = default_model(task, 0)
     assert model(torch.zeros(2, 3, 20, 20)).shape == (2, 2)

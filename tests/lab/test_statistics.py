@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from wellposed.lab.statistics import direction, mean_interval, paired_interval, sign_flip_p, simultaneous_level, smallest_n
+from wellposed.lab.statistics import (
+    direction,
+    mean_interval,
+    paired_interval,
+    sign_flip_p,
+    simultaneous_level,
+    smallest_n,
+)
 
 VALUES = st.lists(st.floats(-100, 100), min_size=2, max_size=12)
 
@@ -23,7 +30,10 @@ def test_the_interval_is_scipys(values):
 
 @given(st.lists(st.integers(-5, 5), min_size=1, max_size=9))
 def test_the_sign_flip_test_counts_all_patterns(values):
-    sums = [abs(sum(s * v for s, v in zip(signs, values, strict=True))) for signs in itertools.product((1, -1), repeat=len(values))]
+    sums = [
+        abs(sum(s * v for s, v in zip(signs, values, strict=True)))
+        for signs in itertools.product((1, -1), repeat=len(values))
+    ]
     assert sign_flip_p(values) == np.mean(np.array(sums) >= abs(sum(values)))
 
 

@@ -44,7 +44,9 @@ def test_an_arm_without_knobs_is_tried_once():
 def test_failed_and_diverged_configurations_are_never_chosen():
     def half(trials):
         found = run(trials)
-        return [Outcome("diverged", error="inf") if t.settings["x"] > 0.5 else o for t, o in zip(trials, found, strict=True)]
+        return [
+            Outcome("diverged", error="inf") if t.settings["x"] > 0.5 else o for t, o in zip(trials, found, strict=True)
+        ]
 
     tuned = tune_arms({"p": SPACE}, make, half, rounds=8)["p"]
     assert tuned.history[0][1] is None

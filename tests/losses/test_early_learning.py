@@ -33,7 +33,9 @@ def test_strength_zero_and_an_empty_memory_give_cross_entropy():
 def test_the_gradient_is_that_of_lemma_2(classes, strength):
     logits, t, labels = draw(20, classes, seed=classes)
     logits.requires_grad_()
-    (F.cross_entropy(logits, labels, reduction="none") + strength * early_learning_penalty(logits, t, None)).sum().backward()
+    (
+        F.cross_entropy(logits, labels, reduction="none") + strength * early_learning_penalty(logits, t, None)
+    ).sum().backward()
     p = logits.detach().softmax(1)
     inner = (p * t).sum(1, keepdim=True)
     g = p * (inner - t) / (1 - inner)
@@ -64,7 +66,9 @@ def test_the_clamp_ends_the_push_and_bounds_the_penalty(classes, floor):
     q = torch.full((1, classes), e, dtype=torch.float64)
     q[0, 0] = 1 - e
     value = early_learning_penalty(logits, q / q.sum())
-    assert float(value) == pytest.approx(math.log(1 - ((1 - e) ** 2 + (classes - 1) * e**2) / (1 + (classes - 2) * e)), abs=1e-6)
+    assert float(value) == pytest.approx(
+        math.log(1 - ((1 - e) ** 2 + (classes - 1) * e**2) / (1 + (classes - 2) * e)), abs=1e-6
+    )
     assert float(value) == pytest.approx(floor, abs=1e-3)
     value.sum().backward()
     assert torch.equal(logits.grad, torch.zeros_like(logits))
@@ -75,13 +79,17 @@ def test_the_memory_is_a_running_average_without_bias_correction():
     logits, labels, index = torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([0]), torch.tensor([2])
     for visits in range(1, 6):
         method(logits, labels, index)
-        torch.testing.assert_close(method.soft_targets()[2], (1 - 0.7**visits) * logits.softmax(1)[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            method.soft_targets()[2], (1 - 0.7**visits) * logits.softmax(1)[0], rtol=0, atol=1e-6
+        )
     assert torch.equal(method.soft_targets()[[0, 1, 3]], torch.zeros(3, 3))
 
 
 def test_bias_correction_makes_every_memory_sum_to_one():
     method = EarlyLearning(2, 3, bias_correction=True)
-    step = Step(torch.nn.Identity(), targets=torch.tensor([0]), index=torch.tensor([1]), outputs=torch.tensor([[1.0, 0.0, 0.0]]))
+    step = Step(
+        torch.nn.Identity(), targets=torch.tensor([0]), index=torch.tensor([1]), outputs=torch.tensor([[1.0, 0.0, 0.0]])
+    )
     for _ in range(3):
         penalty = method.penalty(step)
         method.on_backward(step)
@@ -109,7 +117,9 @@ def test_without_momentum_the_penalty_is_a_function_of_the_prediction_alone():
         method = EarlyLearning(6, 5, strength=1.0, momentum=0.0, clamp=None)
     logits, _, labels = draw(dtype=torch.float32)
     step = Step(torch.nn.Identity(), targets=labels, index=torch.arange(6), outputs=logits)
-    torch.testing.assert_close(method.penalty(step), torch.log(1 - logits.softmax(1).square().sum(1)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        method.penalty(step), torch.log(1 - logits.softmax(1).square().sum(1)), rtol=0, atol=1e-6
+    )
 
 
 @given(st.integers(0, 10**6))
@@ -129,7 +139,9 @@ def test_a_strength_above_one_overrules_a_wrong_label():
     p0 = torch.linspace(0.001, 0.999, 99, dtype=torch.float64)
     logits = torch.stack([p0.log(), (1 - p0).log()], 1).requires_grad_()
     memory, wrong = torch.tensor([[1.0, 0.0]], dtype=torch.float64).expand(99, 2), torch.ones(99, dtype=torch.int64)
-    (F.cross_entropy(logits, wrong, reduction="none") + 3 * early_learning_penalty(logits, memory, None)).sum().backward()
+    (
+        F.cross_entropy(logits, wrong, reduction="none") + 3 * early_learning_penalty(logits, memory, None)
+    ).sum().backward()
     assert (logits.grad[:, 0] <= 1e-12).all()
     torch.testing.assert_close(logits.grad[:, 0], p0 * (1 - 3), rtol=0, atol=1e-12)
 
@@ -217,7 +229,9 @@ def test_inputs_that_do_not_fit_are_refused_by_name():
         method.penalty(Step(torch.nn.Identity(), outputs=good, targets=labels))
 
 
-@given(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]), st.integers(1, 4), st.integers(2, 6))
+@given(
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]), st.integers(1, 4), st.integers(2, 6)
+)
 def test_any_dtype_and_shape(dtype, rows, classes):
     method = EarlyLearning(8, classes, dtype=torch.float16)
     loss = method(torch.zeros(rows, classes, dtype=dtype), torch.zeros(rows, dtype=torch.int64), torch.arange(rows))
@@ -228,7 +242,9 @@ def test_the_strength_may_be_a_hyperparameter():
     strength = Hyperparameter(3.0)
     method = EarlyLearning(6, 5, strength)
     logits, _, labels = draw(dtype=torch.float32)
-    torch.testing.assert_close(method(logits, labels, torch.arange(6)), EarlyLearning(6, 5, 3.0)(logits, labels, torch.arange(6)))
+    torch.testing.assert_close(
+        method(logits, labels, torch.arange(6)), EarlyLearning(6, 5, 3.0)(logits, labels, torch.arange(6))
+    )
     assert strength.name == "EarlyLearning.strength"
 
 

@@ -16,7 +16,14 @@ SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
 
 def run(method, model=None, epochs=2, **options):
-    return fit(model or smooth_network(), TensorLoader(X, Y, batch_size=16, shuffle=True), epochs=epochs, regularizer=method, optimizer=SGD, **options)
+    return fit(
+        model or smooth_network(),
+        TensorLoader(X, Y, batch_size=16, shuffle=True),
+        epochs=epochs,
+        regularizer=method,
+        optimizer=SGD,
+        **options,
+    )
 
 
 def test_it_returns_a_pair_of_different_networks_whose_logits_are_averaged():
@@ -74,7 +81,8 @@ def test_labels_are_refined_only_for_mixed_pairs():
 
 
 @pytest.mark.parametrize(
-    "options", [{"ramp_strength": True, "refine_labels": True}, {"per_sample": True}, {"keep": "averages"}, {"ramp": "inverse"}]
+    "options",
+    [{"ramp_strength": True, "refine_labels": True}, {"per_sample": True}, {"keep": "averages"}, {"ramp": "inverse"}],
 )
 def test_every_option_trains_with_batchnorm_and_micro_batches(options):
     model = run(EarlyLearningPlus(64, 4, decay=0.9, **options), noisy_network(), accumulation=2).model.eval()

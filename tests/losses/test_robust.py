@@ -45,7 +45,9 @@ def test_sce_gradient_and_symmetry():
 
 def test_both_are_finite_at_saturated_logits():
     logits = torch.tensor([[80.0, -80.0], [-80.0, 80.0]], requires_grad=True)
-    (generalized_cross_entropy(logits, torch.tensor([0, 0])) + symmetric_cross_entropy(logits, torch.tensor([0, 0]))).sum().backward()
+    (
+        generalized_cross_entropy(logits, torch.tensor([0, 0])) + symmetric_cross_entropy(logits, torch.tensor([0, 0]))
+    ).sum().backward()
     assert torch.isfinite(logits.grad).all()
 
 

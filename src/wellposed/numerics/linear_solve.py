@@ -87,13 +87,13 @@ def conjugate_gradient(
     direction: Tensor | None = None
     energy = torch.zeros(())
     while True:
+        if not norms[-1] < float("inf"):
+            return ConjugateGradient(x, tuple(norms), len(norms) - 1, "not_finite")
         if norms[-1] <= target and not checked:
             residual = b - matvec(x)
             norms[-1], checked, direction = _norm(residual), True, None
         if norms[-1] <= target:
             return ConjugateGradient(x, tuple(norms), len(norms) - 1, "converged")
-        if not norms[-1] < float("inf"):
-            return ConjugateGradient(x, tuple(norms), len(norms) - 1, "not_finite")
         if len(norms) > limit:
             return ConjugateGradient(x, tuple(norms), len(norms) - 1, "max_iterations")
         scaled = residual if preconditioner is None else preconditioner(residual)
