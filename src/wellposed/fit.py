@@ -26,7 +26,7 @@ from .bilevel import BilevelProblem, Tuner
 from .checkpoint import load_checkpoint, random_state, restore_random_state, save_atomically
 from .compose import Compose
 from .evaluation import Metric, evaluate
-from .indexed_dataset import IndexedDataset
+from .indexed_dataset import IndexedDataset, epoch_seed
 from .objective import Criterion, cross_entropy
 from .parameters import apply_lr_factors, clip_gradients, parameter_groups, select_parameters, trainable_names
 from .regularizer import Regularizer, check_requirements
@@ -452,7 +452,7 @@ class _EpochSeeded:
 
     def set_epoch(self, epoch: int) -> None:
         if self.loader.generator is not None and self.seed is not None:
-            self.loader.generator.manual_seed((self.seed << 20) + epoch)
+            self.loader.generator.manual_seed(epoch_seed(self.seed, epoch))
 
     def __len__(self) -> int:
         return len(self.loader)

@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .batching import Batch, map_tensors
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """A seed for one epoch of a seeded run; neighbouring seeds and epochs do not meet.
+
+    Example:
+        >>> epoch_seed(0, 1) != epoch_seed(1, 0)
+        True
+    """
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class IndexedDataset(Dataset[Any]):
@@ -67,6 +78,7 @@ class TensorLoader:
         drop_last: leave out a last batch that is smaller.
         seed: of the order.
         weights: (examples,) weight of each example in the loss.
+        index: (examples,) position of each example in a larger data set; 0, 1, ... by default.
         transform: `transform(inputs, generator)` on each batch of inputs, e.g. augmentation.
 
     Raises:
@@ -88,6 +100,7 @@ class TensorLoader:
         drop_last: bool = False,
         seed: int = 0,
         weights: Tensor | None = None,
+        index: Tensor | None = None,
         transform: Callable[[Any, torch.Generator], Any] | None = None,
     ) -> None:
         if batch_size < 1:
@@ -97,15 +110,19 @@ class TensorLoader:
         def check(tensor: Tensor) -> Tensor:
             if len(tensor) != self.num_examples:
                 raise ValueError(
-                    f"TensorLoader: inputs and weights must hold {self.num_examples} examples like targets, "
+                    f"TensorLoader: inputs, weights and index must hold {self.num_examples} examples like targets, "
                     f"got {len(tensor)}"
                 )
             return tensor
 
-        map_tensors(check, (inputs, weights))
+        map_tensors(check, (inputs, weights, index))
         if self.num_examples == 0:
             raise ValueError("TensorLoader: targets is empty")
-        self.inputs, self.targets, self.weights = inputs, targets, weights
+        if drop_last and batch_size > self.num_examples:
+            raise ValueError(
+                f"TensorLoader: batch_size {batch_size} with drop_last leaves none of {self.num_examples} examples"
+            )
+        self.inputs, self.targets, self.weights, self.index = inputs, targets, weights, index
         self.batch_size, self.shuffle, self.drop_last = batch_size, shuffle, drop_last
         self.seed, self.transform = seed, transform
         self.epoch = 0
@@ -119,13 +136,15 @@ class TensorLoader:
         return full + (0 if self.drop_last or rest == 0 else 1)
 
     def __iter__(self) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
+        self.epoch += 1  # a loop that never calls set_epoch must not see one order for ever
         count = self.num_examples
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         for number in range(len(self)):
-            index = order[number * self.batch_size : (number + 1) * self.batch_size]
-            inputs = map_tensors(lambda t, i=index: t[i.to(t.device)], self.inputs)
+            rows = order[number * self.batch_size : (number + 1) * self.batch_size]
+            inputs = map_tensors(lambda t, i=rows: t[i.to(t.device)], self.inputs)
             if self.transform is not None:
                 inputs = self.transform(inputs, generator)
-            weights = None if self.weights is None else self.weights[index.to(self.weights.device)]
-            yield Batch(inputs, self.targets[index.to(self.targets.device)], index, weights)
+            weights = None if self.weights is None else self.weights[rows.to(self.weights.device)]
+            index = rows if self.index is None else self.index[rows]
+            yield Batch(inputs, self.targets[rows.to(self.targets.device)], index, weights)

@@ -19,6 +19,9 @@ from ..lab.statistics import (
 
 Group = Literal["better", "reference", "within noise", "worse"]
 
+VISIBLE = 1.1
+"""A ratio of time or memory below this is no visible cost: trials that run side by side differ by as much."""
+
 
 @dataclass
 class ArmRuns:
@@ -72,12 +75,13 @@ class Ranking:
     """The answer.
 
     Attributes:
-        rows: best first.
+        rows: best mean first.
         reference: name of the reference arm.
         level: of each difference, so that all of them hold together at 95 %.
         seeds: number of seeds.
-        tied: names of the arms that are within noise of the winner.
+        tied: names of the arms that are within noise of the winner, best first; none that failed on a seed.
         sentence: the answer in words.
+        decimals: that the scores deserve: two where their intervals are narrower than 0.15 points, else one.
     """
 
     rows: list[Row]
@@ -86,19 +90,33 @@ class Ranking:
     seeds: int
     tied: list[str]
     sentence: str
+    decimals: int = 1
+
+    @property
+    def baseline(self) -> Row:
+        """The row of the reference."""
+        return next(row for row in self.rows if row.group == "reference")
 
     @property
     def winner(self) -> Row:
         """The best arm that beats the reference beyond noise, or the reference itself."""
-        reference = next(row for row in self.rows if row.group == "reference")
-        return next((row for row in self.rows if row.group == "better"), reference)
+        return next((row for row in self.rows if row.group == "better"), self.baseline)
+
+    @property
+    def shortage(self) -> str:
+        """Why no direction could be claimed whatever the scores; empty where there are seeds enough."""
+        enough = smallest_n(self.level)
+        if self.seeds >= enough:
+            return ""
+        return f"{self.seeds} seeds cannot show a difference between {len(self.rows)} arms; {enough} or more can."
 
 
 def rank(arms: Sequence[ArmRuns], reference: str, unit: str = "points") -> Ranking:
     """Rank arms by their mean score; compare each with the reference, paired by seed.
 
     A direction is claimed only if the Student interval and the exact sign-flip test agree, each at the level at
-    which all comparisons hold together at 95 % (Bonferroni).
+    which all comparisons hold together at 95 % (Bonferroni). The winner is compared with every other arm in the same
+    way: those that cannot be told from it are `tied`.
 
     Args:
         arms: at least two, one of them the reference, with equally many scores.
@@ -106,7 +124,7 @@ def rank(arms: Sequence[ArmRuns], reference: str, unit: str = "points") -> Ranki
         unit: of the scores, for the sentence.
 
     Raises:
-        ValueError: if the reference is missing or numbers of seeds differ.
+        ValueError: if there are fewer than two arms, the reference is missing, or numbers of seeds differ.
 
     Example:
         >>> base = ArmRuns("base", "base", [1.0, 2.0, 3.0], [1.0] * 3, [None] * 3)
@@ -115,89 +133,116 @@ def rank(arms: Sequence[ArmRuns], reference: str, unit: str = "points") -> Ranki
     """
     base = next((arm for arm in arms if arm.name == reference), None)
     if base is None:
-        raise ValueError(f"rank: no arm is called {reference!r}")
+        raise ValueError(f"rank: no arm is called {reference!r}, there are {[arm.name for arm in arms]}")
+    if len(arms) < 2:
+        raise ValueError(f"rank: needs at least two arms, got {len(arms)}")
     if len({len(arm.scores) for arm in arms}) != 1:
-        raise ValueError("rank: every arm must have the same number of seeds")
+        counts = {arm.name: len(arm.scores) for arm in arms}
+        raise ValueError(f"rank: every arm must have the same number of seeds, got {counts}")
     level = simultaneous_level(len(arms) - 1)
-    rows = [_row(arm, base, level) for arm in sorted(arms, key=lambda a: -plain.fmean(a.scores))]
-    for number, row in enumerate(rows, 1):
-        row.rank = number
-    ranking = Ranking(rows, reference, level, len(base.scores), [], "")
+    ordered = sorted(arms, key=lambda arm: -plain.fmean(arm.scores))
+    rows = [_row(number, arm, base, level) for number, arm in enumerate(ordered, 1)]
+    ranking = Ranking(rows, reference, level, len(base.scores), [], "", _decimals(rows))
     best = next(arm for arm in arms if arm.name == ranking.winner.name)
-    for arm in arms:
-        if arm.name not in (best.name, reference):
-            gap = [x - y for x, y in zip(best.scores, arm.scores, strict=True)]
-            if direction(gap, level) == 0:
-                ranking.tied.append(arm.name)
+    ranking.tied = [
+        arm.name
+        for arm in ordered
+        # Seeds that failed make an arm's interval so wide that it would seem level with anything.
+        if arm.name not in (best.name, reference) and not arm.failures and direction(_gaps(best, arm), level) == 0
+    ]
     ranking.sentence = _sentence(ranking, unit)
     return ranking
 
 
-def _row(arm: ArmRuns, base: ArmRuns, level: float) -> Row:
-    mean = mean_interval(arm.scores)
-    if arm is base:
-        return Row(
-            0,
-            arm.name,
-            arm.label,
-            mean,
-            None,
-            None,
-            "reference",
-            1.0,
-            _ratio(arm.memory, base.memory),
-            len(arm.failures),
-        )
-    gaps = [x - y for x, y in zip(arm.scores, base.scores, strict=True)]
+def _row(number: int, arm: ArmRuns, base: ArmRuns, level: float) -> Row:
     groups: dict[int, Group] = {1: "better", 0: "within noise", -1: "worse"}
+    gaps = _gaps(arm, base)
+    own = arm is base
     return Row(
-        0, arm.name, arm.label, mean, paired_interval(arm.scores, base.scores, level), sign_flip_p(gaps),
-        groups[direction(gaps, level)], _ratio(arm.seconds, base.seconds), _ratio(arm.memory, base.memory), len(arm.failures),
-    )  # fmt: skip
+        rank=number,
+        name=arm.name,
+        label=arm.label,
+        mean=mean_interval(arm.scores),
+        difference=None if own else paired_interval(arm.scores, base.scores, level),
+        p=None if own else sign_flip_p(gaps),
+        group="reference" if own else groups[direction(gaps, level)],
+        time=_ratio(arm.seconds, base.seconds),
+        memory=_ratio(arm.memory, base.memory),
+        failures=len(arm.failures),
+    )
+
+
+def _gaps(a: ArmRuns, b: ArmRuns) -> list[float]:
+    return [x - y for x, y in zip(a.scores, b.scores, strict=True)]
 
 
 def _ratio(own: Sequence[float | None], base: Sequence[float | None]) -> float | None:
+    """Median of the ratios of the seeds that both arms finished."""
     ratios = [a / b for a, b in zip(own, base, strict=True) if a is not None and b]
     return plain.median(ratios) if ratios else None
 
 
+def _decimals(rows: Sequence[Row]) -> int:
+    return 2 if plain.median(row.mean.half_width for row in rows) < 0.15 else 1
+
+
 def _sentence(ranking: Ranking, unit: str) -> str:
     rows = {row.name: row for row in ranking.rows}
-    reference = rows[ranking.reference].label
-    winner = ranking.winner
-    others = [row for row in ranking.rows if row.difference is not None]
-    if winner.difference is None:
-        enough = smallest_n(ranking.level)
-        if ranking.seeds < enough:
-            return (
-                f"{ranking.seeds} seeds cannot show a difference between {len(ranking.rows)} arms ({enough} can); "
-                f"until then, keep {reference}."
-            )
-        best = others[0]
-        gap = best.difference
+    reference, winner, gap = ranking.baseline.label, ranking.winner, ranking.winner.difference
+    if gap is None:
+        first = next(row for row in ranking.rows if row.difference is not None)
+        gap = first.difference
         assert gap is not None
-        return (
-            f"Nothing here beats {reference} on this data beyond noise (best: {best.label} {gap.estimate:+.1f}, "
-            f"interval {gap.low:+.1f} to {gap.high:+.1f}). Keep {reference}."
-        )
-    gap = winner.difference
-    text = (
-        f"{winner.label} helps: {gap.estimate:+.1f} {unit} over {reference} (interval {gap.low:+.1f} to {gap.high:+.1f}; "
-        f"all {len(others)} comparisons hold together at 95 %), {_price(winner)}."
+        numbers = [signed(x, ranking.decimals) for x in (gap.estimate, gap.low, gap.high)]
+        best = f"(best: {first.label} {numbers[0]}, interval {numbers[1]} to {numbers[2]})"
+        if ranking.shortage:
+            return f"{ranking.shortage[:-1]} {best}. Until then, keep {reference}."
+        return f"Nothing here beats {reference} on this data beyond noise {best}. Keep {reference}."
+    compared = len(ranking.rows) - 1
+    together = f", all {compared} comparisons together" if compared > 1 else ""
+    low, high = (f"{x:.{ranking.decimals}f}" for x in (gap.low, gap.high))
+    text = _capital(
+        f"{winner.label} helps: {signed(gap.estimate, ranking.decimals)} {unit} over {reference} (95 % interval "
+        f"{low} to {high}{together}), {price(winner)}."
     )
     tied = [rows[name].label for name in ranking.tied]
     if tied:
-        text += f" {_listed(tied)} {'is' if len(tied) == 1 else 'are'} within noise of it."
+        text += f" {_capital(_listed(tied))} {'is' if len(tied) == 1 else 'are'} within noise of it."
     return text
 
 
-def _price(row: Row) -> str:
+def signed(value: float, decimals: int = 1) -> str:
+    """A difference with its sign, and no minus before what rounds to zero.
+
+    Example:
+        >>> signed(1.84), signed(-0.02), signed(-0.02, 2)
+        ('+1.8', '+0.0', '-0.02')
+    """
+    return f"{round(value, decimals) + 0.0:+.{decimals}f}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def price(row: Row) -> str:
+    """What an arm costs beside the reference, in words.
+
+    Example:
+        >>> interval = Interval(0.0, 0.0, 0.0, 0.95)
+        >>> price(Row(1, "a", "a", interval, None, None, "better", time=2.04, memory=1.0, failures=0))
+        'at 2.0 times the training time'
+    """
     if row.time is None:
         return "at a cost that was not measured"
-    if row.time < 1.1:
-        return "at no visible cost in time"
-    return f"at {row.time:.1f} times the training time"
+    seen = [f"{row.time:.1f} times the training time"] if row.time >= VISIBLE else []
+    if row.memory is not None and row.memory >= VISIBLE:
+        seen.append(f"{row.memory:.1f} times the memory")
+    return f"at {' and '.join(seen)}" if seen else "at no visible cost"
 
 
-def _listed(names: Sequence[str]) -> str:
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    """ "a", "a and b", "a, b and c", "a, b and 3 others"."""
+    if len(names) > most:
+        names = [*names[: most - 1], f"{len(names) - most + 1} others"]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

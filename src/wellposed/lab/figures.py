@@ -2,202 +2,233 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import matplotlib as mpl
-
-mpl.use("svg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-# Matplotlib draws with these stand-ins; the page's style sheet gives them their colours, light or dark.
-INK, MUTED, LINE, ACCENT, SECOND, THIRD = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
-_VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", ACCENT: "accent", SECOND: "second", THIRD: "third"}
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "wellposed",
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "text.color": INK,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": MUTED,
-    "xtick.color": LINE,
-    "ytick.color": LINE,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
+from .drawing import ACCENT, INK, MUTED, PAPER, SECOND, THIRD, house_style, new_figure, to_svg
+from .labels import place_labels
+
+Kind = Literal["better", "reference", "within noise", "worse"]
+# Shape says it too: full = a claim, hollow = none, square = what all are compared with.
+_MARKS: dict[str, dict[str, Any]] = {
+    "better": {"marker": "o", "color": ACCENT, "markerfacecolor": ACCENT},
+    "within noise": {"marker": "o", "color": INK, "markerfacecolor": PAPER},
+    "reference": {"marker": "s", "color": INK, "markerfacecolor": INK},
+    "worse": {"marker": "v", "color": SECOND, "markerfacecolor": SECOND},
 }
+LINES: dict[str, tuple[str, str, Any]] = {
+    "train": (MUTED, "muted", (0, (1.2, 1.4))),
+    "validation": (SECOND, "second", (0, (5, 2))),
+    "test": (ACCENT, "accent", "-"),
+    "memorized": (THIRD, "third", (0, (4, 1.4, 1, 1.4))),
+}
+"""Colour, its name in the style sheet, and dashes of the lines of training curves."""
 
 
 @dataclass(frozen=True)
 class Dot:
-    """One row of a dot plot: a label, an estimate with its interval, and the values behind it."""
+    """One row of a dot plot.
+
+    Attributes:
+        label: of the row.
+        estimate, low, high: its score with interval.
+        values: the scores behind it, one a seed.
+        gap: its difference to the reference with interval; None for the reference.
+        kind: what may be claimed of it.
+    """
 
     label: str
     estimate: float
     low: float
     high: float
-    values: Sequence[float]
-    emphasis: bool = False
+    values: Sequence[float] = ()
+    gap: tuple[float, float, float] | None = None
+    kind: Kind = "within noise"
 
 
-def dot_plot(rows: Sequence[Dot], reference: float, x_label: str, title: str) -> str:
-    """Rows from top to bottom, means with intervals, seeds as faint dots, a line at the reference.
+def dot_plot(rows: Sequence[Dot], reference: float, labels: tuple[str, str], title: str, narrow: bool = False) -> str:
+    """Scores with intervals and every seed as a faint dot; beside them the differences to the reference.
+
+    Args:
+        rows: from top to bottom.
+        reference: score at which a line is drawn.
+        labels: of the axes of scores and of differences.
+        title: for screen readers.
+        narrow: for a phone: the two parts one below the other, row labels above the rows.
 
     Returns:
         An `<svg>` element.
     """
-    with mpl.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(8.4, 0.36 * len(rows) + 0.9))
+    with house_style():
+        height = (0.5 if narrow else 0.34) * len(rows) + 0.62
+        if narrow:
+            figure, (left, right) = new_figure(4.4, 2 * height + 0.2, 2, 1)
+        else:
+            figure, (left, right) = new_figure(8.6, height, 1, 2, width_ratios=[1.25, 1])
+        left.axvline(reference, color=MUTED, linewidth=1, linestyle=(0, (3, 3)), zorder=0)
+        right.axvline(0, color=MUTED, linewidth=1, linestyle=(0, (3, 3)), zorder=0)
+        scores = _limits([(row.estimate, min(row.low, *row.values), max(row.high, *row.values)) for row in rows])
+        gaps = _limits([row.gap for row in rows if row.gap is not None] + [(0.0, 0.0, 0.0)])
         for y, row in zip(range(len(rows), 0, -1), rows, strict=True):
-            colour = ACCENT if row.emphasis else INK
-            axes.plot(row.values, [y] * len(row.values), "o", color=MUTED, alpha=0.28, markersize=4, markeredgewidth=0)
-            axes.plot([row.low, row.high], [y, y], "-", color=colour, linewidth=2, solid_capstyle="round")
-            axes.plot([row.estimate], [y], "o", color=colour, markersize=7)
-        axes.axvline(reference, color=SECOND, linewidth=1.2, linestyle=(0, (4, 3)), zorder=0)
-        axes.set_yticks(range(len(rows), 0, -1), [row.label for row in rows])
-        axes.set_ylim(0.4, len(rows) + 0.6)
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
-        axes.set_xlabel(x_label)
-        _limit(axes, rows)
-        return _svg(figure, title)
+            left.plot(row.values, [y - 0.24] * len(row.values), "o", color=INK, alpha=0.25, ms=3.6, mew=0)
+            _interval(left, y, (row.estimate, row.low, row.high), row.kind, scores)
+            if row.gap is not None:
+                _interval(right, y, row.gap, row.kind, gaps)
+        for axes, limits, label in ((left, scores, labels[0]), (right, gaps, labels[1])):
+            axes.set(xlim=limits, ylim=(0.3, len(rows) + (0.85 if narrow else 0.6)), xlabel=label)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.spines["left"].set_visible(False)
+            axes.set_yticks([])
+        _row_labels((left, right) if narrow else (left,), rows, narrow)
+        return to_svg(figure, title, f"dots{narrow:d}")
 
 
-def _limit(axes: Axes, rows: Sequence[Dot]) -> None:
-    """Show all intervals and seeds, but let no diverged seed squeeze the rest into a corner."""
-    ends = np.array([[row.low, row.high] for row in rows if np.isfinite([row.low, row.high]).all()]).ravel()
-    seeds = np.concatenate([np.asarray(row.values, float) for row in rows])
-    low, high = min(ends.min(), np.quantile(seeds, 0.01)), max(ends.max(), np.quantile(seeds, 0.99))
+def _row_labels(where: Sequence[Axes], rows: Sequence[Dot], above: bool) -> None:
+    for axes in where:
+        if not above:
+            axes.set_yticks(range(len(rows), 0, -1), [row.label for row in rows])
+            axes.tick_params(axis="y", length=0, pad=6, labelsize=9.5)
+            for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
+                tick.set_color(ACCENT if row.kind == "better" else INK)
+                tick.set_fontweight("bold" if row.kind in ("better", "reference") else "normal")
+            continue
+        for y, row in zip(range(len(rows), 0, -1), rows, strict=True):
+            weight = "bold" if row.kind in ("better", "reference") else "normal"
+            colour = ACCENT if row.kind == "better" else INK
+            place = axes.get_yaxis_transform()
+            axes.text(0, y + 0.22, row.label, transform=place, fontweight=weight, color=colour, va="bottom")
+
+
+def _interval(axes: Axes, y: float, values: tuple[float, float, float], kind: str, limits: tuple[float, float]) -> None:
+    """A mark with its interval, or a number with an arrow where it lies outside the axes."""
+    estimate, low, high = values
+    mark = _MARKS[kind]
+    if estimate < limits[0]:
+        axes.text(limits[0], y, f"← {estimate:.1f}", color=mark["color"], va="center", ha="left")
+        return
+    axes.plot([low, high], [y, y], "-", color=mark["color"], linewidth=1.7, solid_capstyle="round", clip_on=True)
+    axes.plot([estimate], [y], markersize=6, markeredgewidth=1.5, linestyle="", **mark)
+
+
+def _limits(rows: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """Room for all intervals, unless an arm fell so far that it would squeeze all others into a corner."""
+    estimates = np.array([row[0] for row in rows])
+    middle = float(np.median(estimates))
+    spread = max(float(estimates.max()) - middle, *(middle - row[1] for row in rows if row[0] >= middle), 1e-6)
+    shown = [row for row in rows if row[0] >= middle - 4 * spread]
+    low = max(min(row[1] for row in shown), middle - 5 * spread)
+    high = min(max(row[2] for row in shown), float(estimates.max()) + 5 * spread)
     room = 0.04 * (high - low or 1.0)
-    axes.set_xlim(low - room, high + room)
+    return low - room, high + room
 
 
-def scatter(points: Sequence[tuple[str, float, float, bool]], x_label: str, y_label: str, title: str) -> str:
-    """Cost against benefit: `(label, x, y, emphasis)`, labels moved apart where they would collide.
+@dataclass(frozen=True)
+class Point:
+    """One point of a scatter plot: cost as a ratio, benefit with its interval; named in the plot or not."""
+
+    label: str
+    cost: float
+    benefit: tuple[float, float, float]
+    kind: Kind = "within noise"
+    named: bool = True
+
+
+def scatter(points: Sequence[Point], x_label: str, y_label: str, title: str) -> str:
+    """Cost against benefit; labels stand where there is room, with a thin line to a point that is not beside them.
+
+    A point so far below all others that it would squeeze them together is left out.
 
     Returns:
-        An `<svg>` element.
+        An `<svg>` element, readable at the width of a phone.
     """
-    with mpl.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(8.4, 4.2))
-        axes.axhline(0, color=SECOND, linewidth=1.2, linestyle=(0, (4, 3)), zorder=0)
-        xs, ys = [p[1] for p in points], [p[2] for p in points]
-        for _, x, y, emphasis in points:
-            axes.plot([x], [y], "o", color=ACCENT if emphasis else INK, markersize=7)
-        axes.set_xlim(min(xs) - 0.05 * (np.ptp(xs) or 1), max(xs) + 0.45 * (np.ptp(xs) or 1))
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        axes.tick_params(axis="y", labelcolor=MUTED)
-        heights = _apart(ys, 0.058 * (np.ptp(axes.get_ylim()) or 1))
-        for (label, x, y, _), height in zip(points, heights, strict=True):
-            place = (x + 0.025 * (np.ptp(axes.get_xlim()) or 1), height)
-            link = (
-                {"arrowstyle": "-", "color": LINE, "linewidth": 0.7, "shrinkB": 5} if abs(height - y) > 1e-9 else None
-            )
-            axes.annotate(label, (x, y), place, fontsize=9.5, va="center", color=INK, arrowprops=link)
-        return _svg(figure, title)
+    with house_style():
+        figure, (axes,) = new_figure(4.5, 3.9, 1, 1)
+        limits = _limits([point.benefit for point in points])
+        points = [point for point in points if limits[0] <= point.benefit[0] <= limits[1]]
+        axes.axhline(0, color=MUTED, linewidth=1, linestyle=(0, (3, 3)), zorder=0)
+        for point in points:
+            y, low, high = point.benefit
+            colour = _MARKS[point.kind]["color"]
+            axes.plot([point.cost] * 2, [low, high], "-", color=colour, linewidth=1, alpha=0.35, zorder=1)
+            axes.plot([point.cost], [y], markersize=6.5, markeredgewidth=1.5, linestyle="", **_MARKS[point.kind])
+        # Never zoom in on the noise of a clock: the axis spans at least a quarter of the reference's cost.
+        costs = [point.cost for point in points]
+        low_x, high_x = min(*costs, 0.9), max(*costs, 1.15)
+        if high_x / low_x > 4:
+            axes.set_xscale("log", base=2)
+            axes.set_xlim(low_x / 1.25, high_x * 1.5)
+        else:
+            axes.set_xlim(low_x - 0.12 * (high_x - low_x), high_x + 0.3 * (high_x - low_x))
+        axes.set_ylim(limits)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
+        axes.set(xlabel=x_label, ylabel=y_label)
+        place_labels(figure, axes, [(p.label if p.named else "", p.cost, p.benefit[0]) for p in points])
+        return to_svg(figure, title, "cost" + x_label)
 
 
-def _apart(values: Sequence[float], gap: float) -> list[float]:
-    """Heights in the order of `values`, moved until neighbours are at least `gap` apart."""
-    order = np.argsort(values)
-    placed = np.asarray(values, float)[order]
-    for _ in range(200):
-        moved = False
-        for i in range(1, len(placed)):
-            lack = gap - (placed[i] - placed[i - 1])
-            if lack > 1e-9:
-                placed[i - 1] -= lack / 2
-                placed[i] += lack / 2
-                moved = True
-        if not moved:
-            break
-    found = np.empty(len(placed))
-    found[order] = placed
-    return found.tolist()
-
-
-def curves(
-    panels: Sequence[tuple[str, Mapping[str, Sequence[Sequence[float]]], float | None]], y_label: str, title: str
+def curve_panel(
+    lines: Mapping[str, Sequence[Sequence[float]]],
+    limits: tuple[float, float],
+    title: str,
+    kept: Sequence[float] = (),
+    epochs: float | None = None,
 ) -> str:
-    """Training curves, a panel an arm: `(label, {line: seeds x points}, epoch where it stopped)`.
+    """Training curves of one arm: means over seeds, bands from the lowest to the highest seed.
 
-    A line called "epoch" gives the points' places; else they are numbered from 1.
-
-    Lines are means over seeds, the band is the range from the lowest to the highest seed.
+    Args:
+        lines: name -> seeds x epochs; names are those of `LINES`. Seeds may differ in length; an epoch that fewer
+            than half of them reached is not drawn. A line called "epoch" gives the places of the points; else they
+            are numbered from 1.
+        limits: of the vertical axis, shared by all panels of a page.
+        title: for screen readers.
+        kept: epochs whose weights were kept, one a seed: a tick each, and a line at their median.
+        epochs: end of the horizontal axis, shared by all panels of a page.
 
     Returns:
         An `<svg>` element.
     """
-    colours = {"train": MUTED, "validation": SECOND, "test": ACCENT, "memorized": THIRD}
-    dashes = {"validation": (0, (5, 2)), "memorized": (0, (1, 1.2))}
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    with mpl.rc_context({**_STYLE, "font.size": 10}):
-        figure, grid = plt.subplots(
-            lines, columns, figsize=(8.4, 2.5 * lines + 0.3), sharey=True, squeeze=False, layout="constrained"
-        )
-        for axes, (label, found, stop) in zip(grid.flat, panels, strict=False):
-            places = found.get("epoch")
-            for name, seeds in found.items():
-                if name != "epoch":
-                    _band(
-                        axes, seeds, places[0] if places else None, name, colours.get(name, INK), dashes.get(name, "-")
-                    )
-            if stop is not None:
-                axes.axvline(stop, color=LINE, linewidth=1)
-                axes.annotate(
-                    "kept", (stop, 1), xycoords=("data", "axes fraction"), fontsize=8.5, color=MUTED, ha="center"
-                )
-            axes.set_title(label, fontsize=10, color=INK, pad=12)
-            axes.tick_params(axis="y", labelcolor=MUTED)
-        for axes in list(grid.flat)[len(panels) :]:
-            axes.set_visible(False)
-        for axes in grid[-1]:
-            axes.set_xlabel("epoch")
-        for axes in grid[:, 0]:
-            axes.set_ylabel(y_label)
-        handles, names = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, labelcolor=INK)
-        return _svg(figure, title)
+    with house_style():
+        figure, (axes,) = new_figure(3.2, 2.1, 1, 1, margins=(0.115, 0.185, 0.975, 0.975))
+        places = curve_places(lines)
+        for name in [name for name in LINES if name in lines]:
+            colour, _, dashes = LINES[name]
+            mean, low, high = _over_seeds(lines[name])
+            steps = places[: len(mean)]
+            axes.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
+            axes.plot(steps, mean, color=colour, linewidth=1.7, linestyle=dashes)
+        if len(kept):
+            axes.axvline(float(np.median(kept)), color=INK, linewidth=0.8, zorder=0)
+            axes.plot(kept, [0.0] * len(kept), "|", color=INK, ms=7, alpha=0.6, transform=axes.get_xaxis_transform())
+        axes.set(ylim=limits, xlim=None if epochs is None else (min(places[0], epochs - 0.5), epochs))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel("epoch")
+        return to_svg(figure, title, "curves" + title)
 
 
-def _band(
-    axes: Axes, seeds: Sequence[Sequence[float]], places: Sequence[float] | None, name: str, colour: str, dash: Any
-) -> None:
-    length = min(len(seed) for seed in seeds)
-    values = np.array([seed[:length] for seed in seeds], float)
-    epochs = np.arange(1, length + 1) if places is None else np.asarray(places[:length])
-    axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.13, linewidth=0)
-    axes.plot(epochs, values.mean(0), color=colour, linewidth=1.8, linestyle=dash, label=name)
+def curve_places(lines: Mapping[str, Sequence[Sequence[float]]]) -> np.ndarray:
+    """The epochs at which the points of an arm's curves lie, as its longest seed has them."""
+    if lines.get("epoch"):
+        return np.asarray(max(lines["epoch"], key=len), float)
+    return np.arange(1.0, 1 + max(len(seed) for seeds in lines.values() for seed in seeds))
 
 
-def _svg(figure: Figure, title: str) -> str:
-    """The figure as an element that scales with the page, has a name for screen readers, and no fixed colours."""
-    out = io.StringIO()
-    figure.savefig(out, format="svg", bbox_inches="tight", pad_inches=0.06, metadata={"Date": None, "Creator": None})
-    plt.close(figure)
-    text = out.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, f"var(--{variable})")
-    # Ids of several figures on one page must not meet.
-    prefix = re.sub(r"\W+", "", title.lower())[:24]
-    text = re.sub(r'(id="|href="#|url\(#)', lambda m: f"{m.group(1)}{prefix}-", text)
-    size = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', text)
-    text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', "", text, count=1) if size else text
-    name = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    return text.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
+def curve_limits(panels: Sequence[Mapping[str, Sequence[Sequence[float]]]]) -> tuple[float, float]:
+    """Limits that fit the means of all panels, but for the first steps of a run that starts far below."""
+    drawn = [seeds for lines in panels for name, seeds in lines.items() if name in LINES]
+    means = np.concatenate([_over_seeds(seeds)[0] for seeds in drawn])
+    low, high = float(np.quantile(means, 0.02)), float(means.max())
+    room = 0.05 * (high - low or 1.0)
+    return low - room, high + room
+
+
+def _over_seeds(seeds: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, least and greatest value of each epoch that at least half of the seeds reached."""
+    length = int(np.median([len(seed) for seed in seeds]))
+    columns = [[seed[epoch] for seed in seeds if len(seed) > epoch] for epoch in range(length)]
+    return tuple(np.array([f(column) for column in columns]) for f in (np.mean, min, max))  # type: ignore[return-value]
