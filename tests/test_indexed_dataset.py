@@ -81,8 +81,20 @@ def test_an_epoch_is_a_permutation_of_the_data(count, size, shuffle, seed):
     order = torch.cat([b.index for b in batches])
     assert sorted(order.tolist()) == list(range(count))
     assert shuffle or order.tolist() == list(range(count))
+    if size > count:
+        with pytest.raises(ValueError, match=f"batch_size {size} with drop_last leaves none of {count} examples"):
+            TensorLoader(inputs, inputs, batch_size=size, drop_last=True)
+        return
     short = TensorLoader(inputs, inputs, batch_size=size, drop_last=True)
     assert len(short) == len(list(short)) == count // size
+
+
+def test_passes_differ_without_being_told_and_positions_may_be_those_of_a_larger_set():
+    data = torch.arange(50)
+    loader = TensorLoader(data, data, batch_size=50, shuffle=True, index=data + 100)
+    first, second = next(iter(loader)), next(iter(loader))
+    assert not torch.equal(first.index, second.index)
+    assert torch.equal(first.index, first.inputs + 100)
 
 
 def order_of(loader: TensorLoader, epoch: int) -> torch.Tensor:

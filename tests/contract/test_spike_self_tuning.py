@@ -38,7 +38,7 @@ class SelfTuner(Tuner):
 
     requires = frozenset({"response_layers"})
 
-    def __init__(self, problem, scale=0.5, rate=0.05, lr=0.1):
+    def __init__(self, problem, scale=0.5, rate=0.05, lr=0.05):
         super().__init__(problem)
         self.response = next(m.response[0] for m in problem.model.modules() if hasattr(m, "response"))
         self.scale = scale
@@ -56,6 +56,7 @@ class SelfTuner(Tuner):
         self.weights.zero_grad()
         inner.backward()
         self.problem.write_state()
+        torch.nn.utils.clip_grad_norm_(self.problem.params.values(), 1.0)
         self.weights.step()
         self.response.k = torch.stack([(u - u.detach()).reshape(()) for u in raw.values()])
         outer = self.problem.evaluate(self.problem.outer_loss, self.problem.params, raw, validation_batch)

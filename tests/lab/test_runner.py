@@ -146,8 +146,9 @@ def test_a_full_disk_is_one_clear_error_and_finished_trials_survive(tmp_path, ma
 
 def test_two_runs_on_one_store_share_the_work_and_lose_nothing(tmp_path, marks):
     path = tmp_path / "trials.sqlite"
-    both = [driver(path, 8, 0.2) for _ in range(2)]
-    for process in both:
+    first = driver(path, 8, 0.4)
+    wait_for(marks, 4, first)  # so that two trials are finished when the second run begins
+    for process in (first, driver(path, 8, 0.4)):
         out, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
         assert "done" in out
