@@ -86,7 +86,7 @@ def test_infinite_values_in_arrays_are_named(tmp_path):
     x = np.zeros((40, 2), np.float32)
     x[4, 1] = np.inf
     np.savez(tmp_path / "a.npz", x=x, y=np.arange(40) % 2)
-    refuse(r"missing or infinite values in 1 rows \(first in row 5\).*leave out 1 of 40 rows", tmp_path / "a.npz")
+    refuse(r"1 in 'feature 1' \(first in row 5\).*leave out 1 of 40 rows", tmp_path / "a.npz")
     assert len(read_source(str(tmp_path / "a.npz"), drop_missing=True).targets) == 39
 
 

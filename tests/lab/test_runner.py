@@ -225,3 +225,16 @@ def test_wrong_arguments_are_refused_by_name(store):
         run_trials([], work, store, engine="threads")
     with pytest.raises(ValueError, match="workers must be >= 1, got 0"):
         run_trials([], work, store, workers=0)
+
+
+def test_workers_end_themselves_when_their_driver_was_killed(tmp_path, marks):
+    process = driver(tmp_path / "trials.sqlite", 40, 0.3)
+    wait_for(marks, 4, process)
+    process.kill()  # the driver alone: it can tell its workers nothing
+    process.wait()
+    for _ in range(100):
+        left = members(process.pid)
+        if not left:
+            break
+        time.sleep(0.1)
+    assert not left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,8 +10,13 @@ import numpy as np
 import pandas as pd
 
 from .errors import UserError, suggestion
+from .missing import report
 
 MAX_CATEGORIES = 30
+MOSTLY_NUMBERS = 0.9
+"""From this share of numbers on, other texts in a column ("?", "n/a") are missing numbers rather than categories."""
+IDENTIFIER = re.compile(r"(^|[ _.-])(id|uuid|index|idx|row|number|no|nr)$|^unnamed", re.IGNORECASE)
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass
@@ -35,7 +41,7 @@ class Table:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read CSV, TSV or Parquet.
+    """Read CSV (separated by commas, or by semicolons with decimal commas), TSV or Parquet.
 
     Raises:
         UserError: if the file is empty or unreadable.
@@ -44,23 +50,35 @@ def read_table(path: Path) -> pd.DataFrame:
         if path.suffix.lower() == ".parquet":
             frame = pd.read_parquet(path)
         else:
-            frame = pd.read_csv(path, sep="\t" if path.suffix.lower() == ".tsv" else ",")
+            frame = _read_text(path)
     except pd.errors.EmptyDataError:
         raise UserError(f"{path.name} is empty") from None
-    except (pd.errors.ParserError, UnicodeDecodeError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path.name} cannot be read: {reason}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path.name} cannot be read: it is not UTF-8 ({error.reason}); save it as UTF-8") from error
+    # The readers of Parquet raise errors of their own beside these.
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(f"{path.name} cannot be read: {reason[0] if reason else type(error).__name__}") from error
     if len(frame) == 0:
         raise UserError(f"{path.name} has no rows")
-    frame.columns = [str(name) for name in frame.columns]
-    return frame
+    frame.columns = pd.Index([str(name) for name in frame.columns])
+    return frame.reset_index(drop=True)
+
+
+def _read_text(path: Path) -> pd.DataFrame:
+    frame = pd.read_csv(path, sep="\t" if path.suffix.lower() == ".tsv" else ",", low_memory=False)
+    if frame.shape[1] > 1 or ";" not in str(frame.columns[0]):
+        return frame
+    point, comma = (pd.read_csv(path, sep=";", decimal=mark, low_memory=False) for mark in (".", ","))
+    numbers = [len(found.select_dtypes("number").columns) for found in (point, comma)]
+    return comma if numbers[1] > numbers[0] else point
 
 
 def encode(frame: pd.DataFrame, target: str | None, name: str, drop_missing: bool) -> Table:
     """Separate the target, refuse or drop missing values, and encode the other columns.
 
-    Numbers stay; booleans become 0 and 1; text with few values becomes one column a value; dates, free text,
-    identifiers and constants are left out with a note.
+    Numbers stay; booleans become 0 and 1; text with few values becomes one column a value; dates, durations, free
+    text, identifiers and constants are left out with a note. Row numbers count from 1.
 
     Raises:
         UserError: naming the columns concerned.
@@ -73,9 +91,11 @@ def encode(frame: pd.DataFrame, target: str | None, name: str, drop_missing: boo
     notes: list[str] = []
     used = _usable(frame.drop(columns=target), notes)
     if used.shape[1] == 0:
-        raise UserError(f"{name}: no column beside '{target}' can be used ({'; '.join(notes)})")
-    used = used.assign(**{target: frame[target]})
-    used, row_ids = _without_missing(used, name, drop_missing, notes)
+        reason = f" ({'; '.join(notes)})" if notes else ": it is the only one"
+        raise UserError(f"{name}: no column beside '{target}' can be used{reason}")
+    used = used.assign(**{target: _numbers(frame[target], least=1.0)})
+    keep = ~report({column: _wrong(used[column]) for column in used.columns}, name, drop_missing, notes)
+    used, row_ids = used.loc[keep], np.flatnonzero(keep)
     parts: list[pd.DataFrame] = []
     for column in used.columns.drop(target):
         values = used[column]
@@ -89,47 +109,53 @@ def encode(frame: pd.DataFrame, target: str | None, name: str, drop_missing: boo
 
 
 def _usable(frame: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    keep = []
+    keep = {}
     for name in frame.columns:
-        values = frame[name]
-        distinct = values.nunique(dropna=True)
-        if distinct <= 1:
-            notes.append(f"left out '{name}': constant")
-        elif pd.api.types.is_datetime64_any_dtype(values):
-            notes.append(f"left out '{name}': a date")
-        elif values.dtype.kind not in "biuf" and distinct > MAX_CATEGORIES:
-            notes.append(f"left out '{name}': text with {distinct:,} different values")
+        values = _numbers(frame[name], MOSTLY_NUMBERS)
+        reason = _unusable(name, values)
+        if reason is None:
+            keep[name] = values
         else:
-            keep.append(name)
-    return frame[keep]
+            notes.append(f"left out '{name}': {reason}")
+    return pd.DataFrame(keep, index=frame.index)
 
 
-def _without_missing(
-    frame: pd.DataFrame, name: str, drop_missing: bool, notes: list[str]
-) -> tuple[pd.DataFrame, np.ndarray]:
-    missing = frame.isna()
-    for column in frame.columns:
-        if frame[column].dtype.kind == "f":
-            missing[column] |= np.isinf(frame[column])
-    bad = missing.any(axis=1).to_numpy()
-    if not bad.any():
-        return frame, np.arange(len(frame))
-    if not drop_missing:
-        counts = missing.sum()
-        worst = counts[counts > 0].sort_values(ascending=False)
-        told = [
-            f"{n:,} in '{c}' (first in row {int(np.flatnonzero(missing[c])[0]) + 1:,})"
-            for c, n in worst.head(3).items()
-        ]
-        more = f" and {len(worst) - 3} more columns" if len(worst) > 3 else ""
-        raise UserError(
-            f"{name}: missing or infinite values: {', '.join(told)}{more}. Clean them, or pass --drop-missing to leave "
-            f"out {bad.sum():,} of {len(bad):,} rows"
-        )
-    if bad.all():
-        raise UserError(f"{name}: every row has a missing value; --drop-missing would leave nothing")
-    notes.append(f"left out {bad.sum():,} of {len(bad):,} rows with missing values")
-    return frame.loc[~bad], np.flatnonzero(~bad)
+def _unusable(name: str, values: pd.Series) -> str | None:
+    kind = values.dtype.kind
+    if kind in "mM" or isinstance(values.dtype, pd.DatetimeTZDtype):
+        return "a duration" if kind == "m" else "a date"
+    if kind in "cV" or (
+        kind == "O" and values.map(lambda v: isinstance(v, (list, dict, set, np.ndarray, bytes))).any()
+    ):
+        return "neither number nor text"
+    distinct = values.nunique(dropna=True)
+    if distinct <= 1:
+        return "constant"
+    if kind not in "biuf" and distinct > MAX_CATEGORIES:
+        return f"text with {distinct:,} different values"
+    # An identifier tells apart the rows it has seen and says nothing of others; in a sorted table it gives the class.
+    if kind in "iu" and distinct == len(values) and IDENTIFIER.search(name):
+        return "an identifier"
+    return None
+
+
+def _numbers(values: pd.Series, least: float) -> pd.Series:
+    """Texts as numbers where at least this share of those present are; the others become missing."""
+    if values.dtype.kind != "O" and not isinstance(values.dtype, pd.StringDtype):
+        return values
+    present = values.dropna()
+    if len(present) == 0 or present.map(lambda value: isinstance(value, (bool, list, dict, np.ndarray))).any():
+        return values
+    numbers = pd.to_numeric(present, errors="coerce")
+    return numbers.reindex(values.index) if numbers.notna().mean() >= least else values
+
+
+def _wrong(values: pd.Series) -> np.ndarray:
+    """Missing, infinite, or beyond the range of float32."""
+    missing = values.isna().to_numpy(bool)
+    if values.dtype.kind != "f":
+        return missing
+    return missing | (np.abs(values.to_numpy(np.float64, na_value=np.nan)) > LARGEST)
 
 
 def _listed(columns: list[str]) -> str:

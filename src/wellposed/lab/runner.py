@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from joblib import Parallel, delayed
-from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky import reusable_executor
 from joblib.externals.loky.process_executor import BrokenProcessPool
 
-from .memory import PeakMemory
 from .store import Store
-from .trial import Outcome, Trial, TrialResult
+from .trial import Outcome, Trial
+from .worker import TrialFunction, run_one, settle_in
 
-TrialFunction = Callable[[Trial], TrialResult]
 ENGINES = ("loky", "serial", "ray")
 MAX_ATTEMPTS = 3
-"""A trial that failed this often is not tried again."""
+"""A trial that failed this often is not tried again, unless asked for."""
+
+_DIED = "the worker process died while it ran this trial alone (killed, out of memory, or a crash in native code)"
 
 
 def run_trials(
@@ -36,13 +35,15 @@ def run_trials(
     on_done: Callable[[Trial, Outcome], None] | None = None,
     deadline: float | None = None,
     commit: str | None = None,
+    retry_failed: bool = False,
 ) -> list[Outcome | None]:
     """Run trials that the store does not hold, and store each outcome the moment it is there.
 
     A trial that raises is recorded with its traceback; an exception with an attribute `diverged = True` is recorded
     as "diverged". A worker that dies takes nothing with it: the others go on, and a trial that kills its worker
     again when it runs alone is recorded as failed. Failed trials are tried again by the next run, `MAX_ATTEMPTS`
-    times in all.
+    times in all (a full disk or a killed worker is no property of a trial; an error in its code is, and three
+    tracebacks show it as well as thirty).
 
     Args:
         trials: what to run, in this order.
@@ -50,9 +51,10 @@ def run_trials(
         store: where outcomes go; written by this process only.
         workers: processes; each uses one thread.
         engine: "loky" (processes), "serial" (this process, for debugging), "ray" (a cluster).
-        on_done: called after each trial is stored, also for those that were stored before.
+        on_done: called in this thread after each trial is stored, also for those that were stored before.
         deadline: `time.monotonic()` value after which no trial is started.
         commit: recorded with each outcome.
+        retry_failed: try failed trials again, however often they failed.
 
     Returns:
         The outcome of each trial; None where the deadline came first.
@@ -66,7 +68,7 @@ def run_trials(
         raise ValueError(f"run_trials: engine must be one of {list(ENGINES)}, got {engine!r}")
     if workers < 1:
         raise ValueError(f"run_trials: workers must be >= 1, got {workers}")
-    run = _Run(function, store, workers, engine, on_done, deadline, commit)
+    run = _Run(function, store, workers, engine, on_done, deadline, commit, retry_failed)
     run.go(trials)
     return [run.outcomes.get(trial.key) for trial in trials]
 
@@ -81,24 +83,31 @@ class _Run:
         on_done: Callable[[Trial, Outcome], None] | None,
         deadline: float | None,
         commit: str | None,
+        retry_failed: bool,
     ) -> None:
         self.function, self.store, self.workers, self.engine = function, store, workers, engine
-        self.on_done, self.deadline, self.commit = on_done, deadline, commit
+        self.on_done, self.deadline, self.commit, self.retry_failed = on_done, deadline, commit, retry_failed
         self.outcomes: dict[str, Outcome] = {}
         self.attempts: dict[str, int] = {}
+        self.elsewhere: list[tuple[Trial, Outcome]] = []
 
     def go(self, trials: Sequence[Trial]) -> None:
         waiting = list({trial.key: trial for trial in trials}.values())
+        for trial in waiting:
+            known = self._known(trial)
+            if known is not None:
+                self._report(trial, known)
         if self.engine == "serial":
             for trial in self._open(waiting):
-                self._keep(trial, run_one(self.function, trial, None))
+                self._keep(trial, run_one(self.function, trial)[1])
+            self._report_elsewhere()
             return
         with tempfile.TemporaryDirectory(prefix="wellposed-") as folder:
             marks = Path(folder)
             suspects = self._parallel(waiting, marks, self.workers)
             while suspects is not None:
                 # Some worker died and took the pool with it. Those that were running are tried alone, one by one,
-                # so that the guilty one is known; then the rest goes on side by side.
+                # so that the guilty one is known; then the rest goes on side by side. Every turn settles a trial.
                 for trial in suspects:
                     if self._parallel([trial], marks, 1) is not None:
                         self._keep(trial, Outcome("failed", error=_DIED))
@@ -106,21 +115,26 @@ class _Run:
 
     def _parallel(self, trials: Sequence[Trial], marks: Path, workers: int) -> list[Trial] | None:
         """Run trials side by side; after the death of a worker, the trials that were running then, else None."""
-        by_key = {trial.key: trial for trial in trials}
+        waiting = {trial.key: trial for trial in trials if trial.key not in self.outcomes}
+        if not waiting:
+            return None
         for mark in marks.iterdir():
             mark.unlink()
-        tasks = (delayed(run_one)(self.function, trial, marks) for trial in self._open(trials))
+        place = marks if self.engine == "loky" else None
+        tasks = (delayed(run_one)(self.function, trial, place) for trial in self._open(list(waiting.values())))
         try:
-            with _quiet_workers(), self._pool(workers) as parallel:
-                for key, outcome in parallel(tasks):
-                    self._keep(by_key[key], outcome)
+            for key, outcome in self._pool(workers)(tasks):
+                self._keep(waiting[key], outcome)
+                self._report_elsewhere()
         except BrokenProcessPool:
-            running = [by_key[m.name] for m in marks.iterdir() if m.name in by_key and m.name not in self.outcomes]
+            running = [waiting[m.name] for m in marks.iterdir() if m.name in waiting and m.name not in self.outcomes]
             # A worker that dies between two trials leaves no mark: the first that is open is tried alone then.
-            return running or [trial for trial in trials if trial.key not in self.outcomes][:1]
+            return running or [trial for key, trial in waiting.items() if key not in self.outcomes][:1] or None
         except BaseException:
-            _kill_workers()
+            if self.engine == "loky":
+                _kill_workers()
             raise
+        self._report_elsewhere()
         return None
 
     def _pool(self, workers: int) -> Parallel:
@@ -136,29 +150,44 @@ class _Run:
             pre_dispatch=1 if workers == 1 else workers + 1,
             batch_size=1,
             inner_max_num_threads=1,
-            timeout=None,
+            initializer=settle_in,
+            initargs=(os.getpid(),),
         )
 
-    def _open(self, trials: Iterable[Trial]) -> Iterator[Trial]:
-        """The trials that must run, asked one by one: a second run on the same store may have finished some."""
+    def _open(self, trials: Sequence[Trial]) -> Iterator[Trial]:
+        """The trials that must run, asked one by one: a second run on the same store may have finished some.
+
+        joblib draws from here in a thread of its own, so that nothing is reported from here.
+        """
         for trial in trials:
             if trial.key in self.outcomes:
                 continue
-            known = self.store.get(trial)
-            if known is not None and (known.done or known.attempts >= MAX_ATTEMPTS):
-                self._report(trial, known)
-                continue
             if self.deadline is not None and time.monotonic() > self.deadline:
                 return
-            self.attempts[trial.key] = known.attempts if known is not None else 0
-            yield trial
+            known = self._known(trial)
+            if known is not None:
+                self.elsewhere.append((trial, known))
+            else:
+                yield trial
 
-    def _keep(self, trial: Trial, found: Outcome | tuple[str, Outcome]) -> None:
-        outcome = found[1] if isinstance(found, tuple) else found
+    def _known(self, trial: Trial) -> Outcome | None:
+        """The stored outcome of a trial that need not run."""
+        known = self.store.get(trial)
+        if known is None:
+            return None
+        if known.done or (known.attempts >= MAX_ATTEMPTS and not self.retry_failed):
+            return known
+        self.attempts[trial.key] = known.attempts
+        return None
+
+    def _keep(self, trial: Trial, outcome: Outcome) -> None:
         outcome.attempts = self.attempts.get(trial.key, 0) + 1
         outcome.commit = self.commit
-        self.store.put(trial, outcome)
-        self._report(trial, outcome)
+        self._report(trial, self.store.put(trial, outcome))
+
+    def _report_elsewhere(self) -> None:
+        while self.elsewhere:
+            self._report(*self.elsewhere.pop())
 
     def _report(self, trial: Trial, outcome: Outcome) -> None:
         self.outcomes[trial.key] = outcome
@@ -166,64 +195,18 @@ class _Run:
             self.on_done(trial, outcome)
 
 
-_DIED = "the worker process died while it ran this trial alone (killed, out of memory, or a crash in native code)"
-
-
-def run_one(function: TrialFunction, trial: Trial, marks: Path | None) -> tuple[str, Outcome]:
-    """Run one trial in this process, timed and guarded; what a worker executes."""
-    mark = None if marks is None else marks / trial.key
-    if mark is not None:
-        mark.touch()
-    if "torch" in sys.modules:
-        import torch
-
-        if marks is not None:
-            torch.set_num_threads(1)
-    memory = PeakMemory()
-    memory.start()
-    started = time.perf_counter()
-    try:
-        result = function(trial)
-        seconds = time.perf_counter() - started
-        outcome = Outcome(
-            "finished", result.metrics, result.curves, result.artifacts, seconds, peak_memory=memory.read()
-        )
-    except Exception as error:
-        status = "diverged" if getattr(error, "diverged", False) else "failed"
-        outcome = Outcome(status, seconds=time.perf_counter() - started, error=traceback.format_exc())  # type: ignore[arg-type]
-    if mark is not None:
-        with contextlib.suppress(OSError):
-            mark.unlink(missing_ok=True)
-    return trial.key, outcome
-
-
-@contextlib.contextmanager
-def _quiet_workers() -> Iterator[None]:
-    """Workers ignore Ctrl-C (the driver decides) and each uses one thread, from their first import on."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
 def _kill_workers() -> None:
-    with contextlib.suppress(Exception):
-        get_reusable_executor().shutdown(wait=False, kill_workers=True)
+    # loky keeps its processes for the next call; asking for them by its own function could start new ones instead.
+    executor = reusable_executor._executor
+    if executor is not None:
+        with contextlib.suppress(Exception):
+            executor.shutdown(wait=True, kill_workers=True)
 
 
 def _ray_pool(workers: int) -> Any:
     try:
-        from joblib import parallel_config
         from ray.util.joblib import register_ray
     except ImportError as error:
         raise ValueError("run_trials: engine 'ray' needs it installed: pip install 'wellposed[ray]'") from error
     register_ray()
-    parallel_config(backend="ray")
-    return Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)
+    return Parallel(n_jobs=workers, backend="ray", return_as="generator_unordered", batch_size=1)

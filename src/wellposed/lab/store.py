@@ -79,8 +79,9 @@ class Store:
         >>> import tempfile
         >>> store = Store(Path(tempfile.mkdtemp()) / "trials.sqlite")
         >>> trial = Trial("digits", "plain", "smoke", "tune", {"lr": 0.1}, seed=0, fingerprint="f")
-        >>> store.put(trial, Outcome("finished", {"score": 0.9}))
-        >>> store.get(trial).metrics
+        >>> store.put(trial, Outcome("finished", {"score": 0.9})).metrics
+        {'score': 0.9}
+        >>> store.put(trial, Outcome("finished", {"score": 0.1})).metrics  # the first stays
         {'score': 0.9}
     """
 
@@ -92,7 +93,9 @@ class Store:
             raise StoreError(f"cannot create the folder of the store {self.path}: {error.strerror}") from error
         self._engine = create_engine(f"sqlite:///{self.path}", connect_args={"timeout": 60})
         event.listen(self._engine, "connect", _configure)
-        with self._translated(), self._engine.begin() as connection:
+        event.listen(self._engine, "begin", _begin)
+        self._writer = self._engine.execution_options(begin="IMMEDIATE")
+        with self._translated(), self._writer.begin() as connection:
             self._migrate(connection)
 
     def get(self, trial: Trial) -> Outcome | None:
@@ -101,15 +104,22 @@ class Store:
             row = connection.execute(select(_trials).where(_trials.c.key == trial.key)).mappings().first()
         return None if row is None else _outcome(dict(row))
 
-    def put(self, trial: Trial, outcome: Outcome) -> None:
-        """Keep an outcome. The first that is done stays: a second run beside this one changes nothing."""
+    def put(self, trial: Trial, outcome: Outcome) -> Outcome:
+        """Keep an outcome, unless one that is done is there already.
+
+        Returns:
+            The outcome that the store now holds: of two runs side by side, both report the one that came first.
+        """
         row = _row(trial, outcome)
-        with self._translated(), self._engine.begin() as connection:
-            known = connection.execute(select(_trials.c.status).where(_trials.c.key == trial.key)).scalar()
+        with self._translated(), self._writer.begin() as connection:
+            known = connection.execute(select(_trials).where(_trials.c.key == trial.key)).mappings().first()
             if known is None:
-                connection.execute(insert(_trials).prefix_with("OR IGNORE").values(row))
-            elif known == "failed":
+                connection.execute(insert(_trials).values(row))
+            elif known["status"] == "failed":
                 connection.execute(update(_trials).where(_trials.c.key == trial.key).values(row))
+            else:
+                return _outcome(dict(known))
+        return outcome
 
     def outcomes(self, study: str | None = None, **where: Any) -> list[tuple[Trial, Outcome]]:
         """All trials with their outcomes, optionally of one study, arm, scale, phase, seed or fingerprint."""
@@ -126,27 +136,25 @@ class Store:
         self._engine.dispose()
 
     def _migrate(self, connection: Connection) -> None:
+        """Create the tables or bring them up to date: all of it or, after a kill, nothing."""
         tables = inspect(connection).get_table_names()
         if not tables:
-            # Two runs may create the store at the same moment.
-            connection.execute(text("CREATE TABLE IF NOT EXISTS meta (name VARCHAR PRIMARY KEY, value VARCHAR)"))
-            _metadata.create_all(connection, checkfirst=True)
-            connection.execute(
-                insert(_meta).prefix_with("OR IGNORE").values(name="schema_version", value=str(SCHEMA_VERSION))
-            )
+            _metadata.create_all(connection)
+            connection.execute(insert(_meta).values(name="schema_version", value=str(SCHEMA_VERSION)))
             return
         if "meta" not in tables or "trials" not in tables:
             raise StoreError(f"{self.path} is a database, but not a store of trials; choose another file")
         found = connection.execute(select(_meta.c.value).where(_meta.c.name == "schema_version")).scalar()
-        found_version = int(found) if found is not None else 1
-        if found_version > SCHEMA_VERSION:
+        if found is None or not found.isdecimal() or int(found) < 1:
+            raise StoreError(f"{self.path} has no readable schema version (found {found!r}); choose another file")
+        if int(found) > SCHEMA_VERSION:
             raise StoreError(
-                f"{self.path} was written by a newer wellposed (schema {found_version}; this one reads up to "
+                f"{self.path} was written by a newer wellposed (schema {found}; this one reads up to "
                 f"{SCHEMA_VERSION}); upgrade wellposed or choose another folder"
             )
-        for old in range(found_version, SCHEMA_VERSION):
+        for old in range(int(found), SCHEMA_VERSION):
             _MIGRATIONS[old](connection)
-        if found_version != SCHEMA_VERSION:
+        if int(found) != SCHEMA_VERSION:
             connection.execute(update(_meta).where(_meta.c.name == "schema_version").values(value=str(SCHEMA_VERSION)))
 
     @contextmanager
@@ -167,9 +175,16 @@ class Store:
 
 
 def _configure(connection: Any, _record: Any) -> None:
+    # Left alone, Python's driver begins a transaction only at the first INSERT, and none around CREATE or ALTER.
+    connection.isolation_level = None
     # Write-ahead logging lets a second run read while this one writes, and keeps every commit whole under a kill.
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=60000"):
+    for pragma in ("busy_timeout=60000", "journal_mode=WAL", "synchronous=FULL"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin(connection: Connection) -> None:
+    # A writer takes its lock before it looks: what it saw is still so when it writes.
+    connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get('begin', 'DEFERRED')}")
 
 
 def _row(trial: Trial, outcome: Outcome) -> dict[str, Any]:
@@ -180,7 +195,7 @@ def _row(trial: Trial, outcome: Outcome) -> dict[str, Any]:
         "arm": trial.arm,
         "scale": trial.scale,
         "phase": trial.phase,
-        "settings": json.dumps(dict(trial.settings), sort_keys=True),
+        "settings": json.dumps({name: _plain(value) for name, value in trial.settings.items()}, sort_keys=True),
         "seed": trial.seed,
         "fingerprint": trial.fingerprint,
         "status": outcome.status,
@@ -191,6 +206,10 @@ def _row(trial: Trial, outcome: Outcome) -> dict[str, Any]:
         "attempts": outcome.attempts,
         "commit": outcome.commit,
     }
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value  # NumPy's numbers
 
 
 def _trial(row: dict[str, Any]) -> Trial:

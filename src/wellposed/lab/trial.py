@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -47,6 +48,11 @@ class Trial:
             raise ValueError(f"Trial: a tuning seed must lie in [0, {FIRST_EVALUATION_SEED}), got {self.seed}")
         if self.phase == "evaluate" and self.seed < FIRST_EVALUATION_SEED:
             raise ValueError(f"Trial: an evaluation seed must be >= {FIRST_EVALUATION_SEED}, got {self.seed}")
+        if self.phase not in ("tune", "evaluate"):
+            raise ValueError(f"Trial: phase must be 'tune' or 'evaluate', got {self.phase!r}")
+        for name, value in self.settings.items():
+            if not isinstance(value, (str, bool, numbers.Real)):
+                raise TypeError(f"Trial: setting {name!r} must be a text, a number or a truth value, got {value!r}")
 
     @property
     def key(self) -> str:
@@ -64,8 +70,11 @@ class Trial:
 
 
 def _canonical(value: Setting) -> Setting:
+    # 1 and 1.0, 0.0 and -0.0 and their NumPy kin are one setting, and must not be run twice.
     if isinstance(value, (bool, str)):
         return value
+    if isinstance(value, int):
+        return int(value)
     return int(value) if float(value).is_integer() and abs(value) < 2**53 else float(value)
 
 
@@ -82,6 +91,39 @@ class TrialResult:
     metrics: dict[str, float]
     curves: dict[str, list[float]] = field(default_factory=dict)
     artifacts: dict[str, Any] = field(default_factory=dict)
+
+
+def checked_result(result: Any) -> TrialResult:
+    """A result in plain Python numbers, as the store can hold it.
+
+    Args:
+        result: what the function of a trial returned; numbers may be NumPy's or scalar tensors.
+
+    Raises:
+        TypeError: if it is no `TrialResult`, or holds what JSON cannot hold, naming it.
+
+    Example:
+        >>> import numpy as np
+        >>> checked_result(TrialResult({"score": np.float32(0.5)})).metrics
+        {'score': 0.5}
+    """
+    if not isinstance(result, TrialResult):
+        raise TypeError(f"the function of a trial must return a TrialResult, got {type(result).__name__}")
+    metrics = {name: _number(value, f"metric {name!r}") for name, value in result.metrics.items()}
+    curves = {name: [_number(v, f"curve {name!r}") for v in curve] for name, curve in result.curves.items()}
+    for name, value in result.artifacts.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"artifact {name!r} must be what JSON can hold: {error}") from error
+    return TrialResult(metrics, curves, result.artifacts)
+
+
+def _number(value: Any, what: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{what} must be a number, got {value!r}") from error
 
 
 @dataclass
