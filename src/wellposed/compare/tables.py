@@ -16,6 +16,7 @@ MAX_CATEGORIES = 30
 MOSTLY_NUMBERS = 0.9
 """From this share of numbers on, other texts in a column ("?", "n/a") are missing numbers rather than categories."""
 IDENTIFIER = re.compile(r"(^|[ _.-])(id|uuid|index|idx|row|number|no|nr)$|^unnamed", re.IGNORECASE)
+NESTED = (list, tuple, dict, set, bytes, np.ndarray)
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -47,10 +48,7 @@ def read_table(path: Path) -> pd.DataFrame:
         UserError: if the file is empty or unreadable.
     """
     try:
-        if path.suffix.lower() == ".parquet":
-            frame = pd.read_parquet(path)
-        else:
-            frame = _read_text(path)
+        frame = pd.read_parquet(path) if path.suffix.lower() == ".parquet" else _read_text(path)
     except pd.errors.EmptyDataError:
         raise UserError(f"{path.name} is empty") from None
     except UnicodeDecodeError as error:
@@ -61,8 +59,10 @@ def read_table(path: Path) -> pd.DataFrame:
         raise UserError(f"{path.name} cannot be read: {reason[0] if reason else type(error).__name__}") from error
     if len(frame) == 0:
         raise UserError(f"{path.name} has no rows")
+    # An index with a name was a column once.
+    frame = frame.reset_index(drop=all(name is None for name in frame.index.names))
     frame.columns = pd.Index([str(name) for name in frame.columns])
-    return frame.reset_index(drop=True)
+    return frame
 
 
 def _read_text(path: Path) -> pd.DataFrame:
@@ -94,7 +94,9 @@ def encode(frame: pd.DataFrame, target: str | None, name: str, drop_missing: boo
         reason = f" ({'; '.join(notes)})" if notes else ": it is the only one"
         raise UserError(f"{name}: no column beside '{target}' can be used{reason}")
     used = used.assign(**{target: _numbers(frame[target], least=1.0)})
-    keep = ~report({column: _wrong(used[column]) for column in used.columns}, name, drop_missing, notes)
+    keep = ~report(
+        {column: _wrong(used[column]) for column in used.columns}, name, drop_missing, notes, dict(frame.items())
+    )
     used, row_ids = used.loc[keep], np.flatnonzero(keep)
     parts: list[pd.DataFrame] = []
     for column in used.columns.drop(target):
@@ -124,9 +126,7 @@ def _unusable(name: str, values: pd.Series) -> str | None:
     kind = values.dtype.kind
     if kind in "mM" or isinstance(values.dtype, pd.DatetimeTZDtype):
         return "a duration" if kind == "m" else "a date"
-    if kind in "cV" or (
-        kind == "O" and values.map(lambda v: isinstance(v, (list, dict, set, np.ndarray, bytes))).any()
-    ):
+    if kind in "cV" or (kind == "O" and any(isinstance(value, NESTED) for value in values)):
         return "neither number nor text"
     distinct = values.nunique(dropna=True)
     if distinct <= 1:
@@ -141,10 +141,10 @@ def _unusable(name: str, values: pd.Series) -> str | None:
 
 def _numbers(values: pd.Series, least: float) -> pd.Series:
     """Texts as numbers where at least this share of those present are; the others become missing."""
-    if values.dtype.kind != "O" and not isinstance(values.dtype, pd.StringDtype):
+    if isinstance(values.dtype, pd.CategoricalDtype) or values.dtype.kind not in "OSU":
         return values
     present = values.dropna()
-    if len(present) == 0 or present.map(lambda value: isinstance(value, (bool, list, dict, np.ndarray))).any():
+    if len(present) == 0 or any(isinstance(value, (bool, *NESTED)) for value in present):
         return values
     numbers = pd.to_numeric(present, errors="coerce")
     return numbers.reindex(values.index) if numbers.notna().mean() >= least else values
@@ -155,7 +155,7 @@ def _wrong(values: pd.Series) -> np.ndarray:
     missing = values.isna().to_numpy(bool)
     if values.dtype.kind != "f":
         return missing
-    return missing | (np.abs(values.to_numpy(np.float64, na_value=np.nan)) > LARGEST)
+    return np.asarray(missing | (np.abs(values.to_numpy(np.float64, na_value=np.nan)) > LARGEST))
 
 
 def _listed(columns: list[str]) -> str:

@@ -164,7 +164,8 @@ class Task:
             channels, height, width = self.input_shape
             what = f"images {height}x{width}{'' if channels == 1 else f', {channels} channels'}"
         else:
-            what = f"{self.columns or self.input_shape[0]} features"
+            count = self.columns or self.input_shape[0]
+            what = f"{count} feature{'s' if count > 1 else ''}"
         if self.kind == "regression":
             return f"{rows}, {what}, a number to predict"
         share = f" ({100 * self.targets.mean():.1f} % '{self.classes[1]}')" if self.num_outputs == 2 else ""
