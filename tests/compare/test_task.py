@@ -59,6 +59,81 @@ def test_flips_have_their_rate_spare_the_test_set_and_never_keep_the_label():
     assert torch.equal(task.tensors(3)["train_targets"], task.tensors(3)["train_targets"])
 
 
+@given(st.lists(st.integers(5, 60), min_size=2, max_size=6), st.integers(0, 1000))
+def test_each_class_has_its_share_in_every_part(counts, seed):
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+    parts = split(labels, len(labels), seed)
+    for name, share in (("train", 0.6), ("validation", 0.2), ("test", 0.2)):
+        found = np.bincount(labels[parts[name]], minlength=len(counts))
+        assert (found >= 1).all()
+        assert (abs(found - share * np.array(counts)) <= 1).all()
+
+
+@given(st.integers(20, 500), st.integers(0, 1000))
+def test_splits_without_classes_are_disjoint_complete_and_decided_by_the_seed(rows, seed):
+    parts = split(None, rows, seed)
+    assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(rows))
+    assert abs(len(parts["test"]) - rows / 5) <= 1
+    assert all(np.array_equal(part, split(None, rows, seed)[name]) for name, part in parts.items())
+
+
+@given(st.integers(0, 1000), st.floats(1e-3, 1e6))
+def test_what_the_test_rows_hold_changes_nothing_about_the_others(seed, factor):
+    random = np.random.default_rng(seed)
+    x, y = random.normal(size=(60, 3)).astype(np.float32), np.arange(60) % 2
+    task = Task.prepare(Source("a", x, y, "classification", ("no", "yes")))
+    test = task.parts["test"]
+    other = x.copy()
+    other[test] = other[test] * factor + 1
+    again = Task.prepare(Source("a", other, y, "classification", ("no", "yes")))
+    for name in ("train", "validation"):
+        np.testing.assert_array_equal(task.parts[name], again.parts[name])
+        np.testing.assert_array_equal(task.inputs[task.parts[name]], again.inputs[task.parts[name]])
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -3.3e5, 1e-20])
+def test_a_column_that_is_constant_in_training_is_zero_everywhere(value):
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(50, 2)).astype(np.float32), np.arange(50) % 2
+    parts = split(y, 50)
+    x[:, 1] = value
+    x[parts["test"], 1] = 1e6
+    task = Task.prepare(Source("a", x, y, "classification", ("no", "yes")))
+    assert not task.inputs[:, 1].any()
+    assert task.inputs[:, 0].any()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("noise", [0.1, 0.5, 0.9])
+def test_flips_are_symmetric(classes, noise):
+    rows = 6000
+    y = np.arange(rows) % classes
+    names = tuple(map(str, range(classes)))
+    task = Task.prepare(
+        Source("a", np.random.default_rng(0).normal(size=(rows, 1)).astype(np.float32), y, "classification", names),
+        noise,
+    )
+    noisy, known = task.noisy_targets(3), np.concatenate([task.parts["train"], task.parts["validation"]])
+    flipped = noisy[known] != y[known]
+    assert abs(flipped.mean() - noise) < 4 * np.sqrt(noise * (1 - noise) / len(known))
+    shifts = np.bincount((noisy[known] - y[known])[flipped] % classes, minlength=classes)[1:]
+    share = 1 / (classes - 1)
+    assert (abs(shifts / flipped.sum() - share) <= 4 * np.sqrt(share * (1 - share) / flipped.sum())).all()
+    np.testing.assert_array_equal(noisy[task.parts["test"]], y[task.parts["test"]])
+    assert not np.array_equal(noisy, task.noisy_targets(4))
+
+
+def test_without_noise_every_seed_sees_the_same_labels():
+    task = make()
+    assert torch.equal(task.tensors(0)["train_targets"], task.tensors(1)["train_targets"])
+    assert torch.equal(task.tensors(0)["train_targets"], task.tensors(0)["true_targets"])
+
+
+def test_the_digest_tells_noise_and_data_apart():
+    assert make().digest == make().digest
+    assert len({make().digest, make(noise=0.2).digest, make(rows=199).digest, make(kind="regression").digest}) == 4
+
+
 @pytest.mark.parametrize("noise", [1.5, -0.1, 1.0])
 def test_noise_out_of_range_is_refused(noise):
     with pytest.raises(UserError, match=r"--noise must lie in \[0, 1\), got"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .errors import UserError
+from .errors import UserError, suggestion
 from .task import Task
 
 WIDTH = 256
@@ -72,20 +72,25 @@ def load_user_model(spec: str, task: Task, seed: int) -> nn.Module:
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except ImportError as error:
-        raise UserError(f"--model {spec}: cannot import '{module_name}': {error}") from error
-    except AttributeError as error:
-        raise UserError(f"--model {spec}: '{module_name}' has no function '{function_name}'") from error
+        module = importlib.import_module(module_name)
+    # Importing runs the user's code, which may fail in any way.
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--model {spec}: cannot import '{module_name}': {_one_line(error)}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        what = "has no function" if function is None else "holds no function, but a value, under"
+        near = suggestion(function_name, [name for name in dir(module) if not name.startswith("_")])
+        raise UserError(f"--model {spec}: '{module_name}' {what} '{function_name}'.{near}")
     facts = {"input_shape": task.input_shape, "num_outputs": task.num_outputs}
     try:
         taken = inspect.signature(function).parameters
-        keywords = {name: value for name, value in facts.items() if name in taken}
+        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
+        keywords = {name: value for name, value in facts.items() if takes_all or name in taken}
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             model = function(**keywords)
     except Exception as error:
-        raise UserError(f"--model {spec}: calling it failed: {type(error).__name__}: {error}") from error
+        raise UserError(f"--model {spec}: calling it failed: {_one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"--model {spec}: must return a torch.nn.Module, got {type(model).__name__}")
     return model
@@ -100,20 +105,31 @@ def check_model(spec: str | None, task: Task) -> nn.Module:
     if spec is None:
         return default_model(task, 0)
     model = load_user_model(spec, task, 0)
-    rows = task.tensors(0)["train_inputs"][:2]
+    rows = torch.from_numpy(task.inputs[task.parts["train"][:2]])
     try:
         with torch.no_grad():
             found = model.eval()(rows)
     except Exception as error:
         shape = tuple(rows.shape)
-        raise UserError(f"--model {spec}: a forward pass on inputs of shape {shape} failed: {error}") from error
+        raise UserError(
+            f"--model {spec}: a forward pass on inputs of shape {shape} failed: {_one_line(error)}"
+        ) from error
     expected = (2, task.num_outputs)
     if not isinstance(found, torch.Tensor) or tuple(found.shape) != expected:
         got = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
         raise UserError(f"--model {spec}: for 2 rows it must return a tensor of shape {expected}, got {got}")
-    if not any(p.requires_grad for p in model.parameters()):
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if not trained:
         raise UserError(f"--model {spec}: the model has no parameter that trains")
+    # Shared weights would carry what one trial learned into the next.
+    if any(id(p) in trained for p in load_user_model(spec, task, 0).parameters()):
+        raise UserError(f"--model {spec}: must build a new module each time; two calls returned the same weights")
     return model.train()
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def describe_model(model: nn.Module, task: Task) -> str:

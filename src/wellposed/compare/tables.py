@@ -95,7 +95,11 @@ def encode(frame: pd.DataFrame, target: str | None, name: str, drop_missing: boo
         raise UserError(f"{name}: no column beside '{target}' can be used{reason}")
     used = used.assign(**{target: _numbers(frame[target], least=1.0)})
     keep = ~report(
-        {column: _wrong(used[column]) for column in used.columns}, name, drop_missing, notes, dict(frame.items())
+        {column: _wrong(used[column]) for column in used.columns},
+        name,
+        drop_missing,
+        notes,
+        {str(c): v for c, v in frame.items()},
     )
     used, row_ids = used.loc[keep], np.flatnonzero(keep)
     parts: list[pd.DataFrame] = []

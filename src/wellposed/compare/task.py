@@ -19,6 +19,8 @@ from .source import Source
 
 SPLIT_SEED = 0
 SHARES = {"train": 0.6, "validation": 0.2, "test": 0.2}
+CONSTANT = 1e-10
+"""A column whose standard deviation is below this share of its mean is constant but for rounding."""
 IMBALANCE = 1.5
 """Above this ratio of the largest class to an equal share, accuracy would reward ignoring the small ones."""
 
@@ -233,7 +235,12 @@ def split(labels: np.ndarray | None, rows: int, seed: int = SPLIT_SEED) -> dict[
 
 
 def _standardised(inputs: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """Zero mean and unit variance in the training part; a column that is constant there stays at zero."""
+    """Zero mean and unit variance in the training part; a column that is constant there is zero everywhere.
+
+    What nothing was learned about must not decide a prediction, and its scale is unknown.
+    """
     mean = inputs[train].mean(0, dtype=np.float64)
     scale = inputs[train].std(0, dtype=np.float64)
-    return ((inputs - mean) / np.where(scale > 0, scale, 1.0)).astype(np.float32)
+    # The mean of equal numbers is rounded, so that their deviation is tiny instead of zero.
+    varies = scale > CONSTANT * np.abs(mean)
+    return np.asarray(np.where(varies, (inputs - mean) / np.where(varies, scale, 1.0), 0.0), np.float32)
