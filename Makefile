@@ -14,7 +14,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 demo: setup  ## set up, then compare regularizers on handwritten digits with 40 % wrong labels (under 5 minutes)
-	$(RUN)/wellposed compare digits --noise 0.4 --budget 4m
+	$(RUN)/wellposed compare digits --noise 0.4 --budget 260s
 
 test: setup-dev  ## set up, then run everything that CI runs
 	@scripts/check.sh

@@ -59,9 +59,9 @@ def search_space(arm: Arm, task: Task) -> dict[str, Range | Choice]:
 
 
 def default_epochs(task: Task, batch_size: int = 64) -> int:
-    """Epochs for about 700 optimizer steps, but at least 4 and at most 40: small data are seen more often."""
+    """Epochs for about 450 optimizer steps, but at least 4 and at most 40: small data are seen more often."""
     steps = max(1, task.sizes["train"] // batch_size)
-    return int(min(40, max(4, round(700 / steps) // 2 * 2)))
+    return int(min(40, max(4, round(450 / steps) // 2 * 2)))
 
 
 def build_regularizer(arm: Arm, task: Task, settings: Mapping[str, Setting]) -> Regularizer | None:

@@ -33,7 +33,7 @@ MINIMUM = (2, 3)
 EFFICIENCY = 0.9
 """Share of the time in which workers train; the rest is starting, waiting for the last one, and the report."""
 
-EVALUATION_COST = 1.3
+EVALUATION_COST = 1.1
 """An evaluation also measures curves and the test set."""
 
 

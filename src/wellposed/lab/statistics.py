@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 _EXACT_LIMIT = 20
+_CHUNK = 10_000
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
         Interval(estimate=2.0, low=-0.484..., high=4.484..., level=0.95)
     """
     array = _checked(values)
-    if not 0 < level < 1:
-        raise ValueError(f"mean_interval: level must lie in (0, 1), got {level}")
+    _check_level(level)
     mean = float(array.mean())
     if len(array) == 1:
         return Interval(mean, -math.inf, math.inf, level)
@@ -76,9 +76,11 @@ def sign_flip_p(values: Sequence[float], draws: int = 200_000, seed: int = 0) ->
         for value in array:
             sums = np.concatenate([sums + value, sums - value])
         return float((np.abs(sums) >= observed - tolerance).mean())
-    signs = np.random.default_rng(seed).integers(0, 2, (draws, len(array))) * 2 - 1
-    extreme = np.abs(signs @ array) >= observed - tolerance
-    return float((extreme.sum() + 1) / (draws + 1))
+    generator, extreme = np.random.default_rng(seed), 0
+    for start in range(0, draws, _CHUNK):
+        signs = generator.integers(0, 2, (min(_CHUNK, draws - start), len(array)), dtype=np.int8) * 2.0 - 1.0
+        extreme += int((np.abs(signs @ array) >= observed - tolerance).sum())
+    return (extreme + 1) / (draws + 1)
 
 
 def simultaneous_level(comparisons: int, level: float = 0.95) -> float:
@@ -88,6 +90,7 @@ def simultaneous_level(comparisons: int, level: float = 0.95) -> float:
         >>> round(simultaneous_level(10), 3)
         0.995
     """
+    _check_level(level)
     return 1 - (1 - level) / max(1, comparisons)
 
 
@@ -98,6 +101,7 @@ def smallest_n(level: float) -> int:
         >>> smallest_n(0.95), smallest_n(0.995)
         (6, 9)
     """
+    _check_level(level)
     n = 1
     while 2.0 ** (1 - n) > (1 - level) * (1 + 1e-9):
         n += 1
@@ -115,6 +119,11 @@ def direction(values: Sequence[float], level: float = 0.95) -> int:
     if sign_flip_p(values) > (1 - level) * (1 + 1e-9):
         return 0
     return int(interval.low > 0) - int(interval.high < 0)
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie in (0, 1), got {level}")
 
 
 def _checked(values: Sequence[float]) -> np.ndarray:

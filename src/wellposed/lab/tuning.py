@@ -6,96 +6,16 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import optuna
 
+from .space import Choice, Range, Space, parse_space
 from .trial import FIRST_EVALUATION_SEED, Outcome, Setting, Trial
 
+__all__ = ["Choice", "Range", "Space", "Tuned", "parse_space", "seconds_left", "tune_arms"]
+
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-_KEYS = {"low", "high", "log", "integer", "choices", "default"}
-
-
-@dataclass(frozen=True)
-class Range:
-    """Numbers between `low` and `high`, on a logarithmic scale if `log`."""
-
-    low: float
-    high: float
-    log: bool = False
-    integer: bool = False
-    default: Setting | None = None
-
-    def suggest(self, trial: optuna.trial.Trial, name: str) -> Setting:
-        """Ask Optuna for a value."""
-        if self.integer:
-            return trial.suggest_int(name, int(self.low), int(self.high), log=self.log)
-        return trial.suggest_float(name, self.low, self.high, log=self.log)
-
-    def middle(self) -> Setting:
-        """The default, or the middle of the range on its scale."""
-        if self.default is not None:
-            return self.default
-        value = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
-        return round(value) if self.integer else value
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of several values."""
-
-    choices: tuple[Setting, ...]
-    default: Setting | None = None
-
-    def suggest(self, trial: optuna.trial.Trial, name: str) -> Setting:
-        """Ask Optuna for a value."""
-        return cast(Setting, trial.suggest_categorical(name, self.choices))
-
-    def middle(self) -> Setting:
-        """The default, or the first choice."""
-        return self.choices[0] if self.default is None else self.default
-
-
-Space = Mapping[str, Range | Choice]
-
-
-def parse_space(table: Mapping[str, Any], owner: str = "search") -> dict[str, Range | Choice]:
-    """Read a search space as cards write it.
-
-    Args:
-        table: `{"strength": {"low": 0.5, "high": 10, "log": True}, "momentum": {"choices": [0.7, 0.9]}}`, each
-            optionally with `default`, ranges with `integer`.
-        owner: named in errors.
-
-    Raises:
-        ValueError: naming the entry that is wrong, and what is allowed.
-
-    Example:
-        >>> parse_space({"q": {"low": 0.3, "high": 0.9}})["q"]
-        Range(low=0.3, high=0.9, log=False, integer=False, default=None)
-    """
-    space: dict[str, Range | Choice] = {}
-    for name, entry in table.items():
-        where = f"{owner}: {name}"
-        if not isinstance(entry, Mapping) or set(entry) - _KEYS:
-            extra = sorted(set(entry) - _KEYS) if isinstance(entry, Mapping) else entry
-            raise ValueError(f"{where}: unknown {extra}; allowed keys: {sorted(_KEYS)}")
-        if "choices" in entry:
-            choices = tuple(entry["choices"])
-            if not choices or ("default" in entry and entry["default"] not in choices):
-                raise ValueError(f"{where}: choices must hold at least one value, and the default; got {entry}")
-            space[name] = Choice(choices, entry.get("default"))
-            continue
-        if "low" not in entry or "high" not in entry or not entry["low"] < entry["high"]:
-            raise ValueError(f"{where}: needs choices, or low < high; got {dict(entry)}")
-        if entry.get("log") and entry["low"] <= 0:
-            raise ValueError(f"{where}: low must be > 0 on a logarithmic scale, got {entry['low']}")
-        default = entry.get("default")
-        if default is not None and not entry["low"] <= default <= entry["high"]:
-            raise ValueError(f"{where}: default must lie in [{entry['low']}, {entry['high']}], got {default}")
-        space[name] = Range(**entry)
-    return space
 
 
 @dataclass
@@ -105,7 +25,8 @@ class Tuned:
     Attributes:
         settings: the best configuration.
         score: its mean score over the tuning seeds (higher is better).
-        history: every configuration tried, with its score (None where a trial failed or diverged).
+        history: every configuration tried, with its score (None where a seed failed or diverged, which
+            counts as worse than any score).
     """
 
     settings: dict[str, Setting]
@@ -145,7 +66,7 @@ def tune_arms(
         keep_going: asked after each round with the number of rounds done; False ends tuning for all arms.
 
     Raises:
-        ValueError: for rounds < 1 or a seed that belongs to evaluation.
+        ValueError: for rounds < 1, a seed that belongs to evaluation, or a trial without the metric `score`.
         RuntimeError: if no configuration of an arm could be run, with the last traceback.
     """
     if rounds < 1:
@@ -184,27 +105,48 @@ class _Search:
         if not self.space and self.history:
             return None
         self.asked = self.study.ask()
-        self.settings = {name: part.suggest(self.asked, name) for name, part in self.space.items()}
+        self.settings = {name: _suggest(self.asked, name, part) for name, part in self.space.items()}
         return self.settings
 
     def tell(self, outcomes: Sequence[Outcome | None], score: str) -> None:
-        values = [o.metrics[score] for o in outcomes if o is not None and o.status == "finished"]
         self.error = next((o.error for o in outcomes if o is not None and o.error), self.error)
-        whole = len(values) == len(outcomes)
-        mean = sum(values) / len(values) if whole else None
+        mean = _mean_score(outcomes, score)
         self.history.append((dict(self.settings), mean))
         if mean is None:
-            # A run that diverged is a bad configuration, told as such, so that the sampler moves away from it.
-            self.study.tell(self.asked, state=optuna.trial.TrialState.FAIL)
+            # Optuna forgets trials that fail, but ranks pruned ones behind all others: a configuration that diverges
+            # is a bad one, and the sampler must move away from it.
+            self.study.tell(self.asked, state=optuna.trial.TrialState.PRUNED)
         else:
             self.study.tell(self.asked, mean)
 
     def best(self, arm: str) -> Tuned:
         finished = [(s, settings) for settings, s in self.history if s is not None]
         if not finished:
-            raise RuntimeError(f"no configuration of arm {arm!r} could be run; the last error was:\n{self.error}")
+            why = f"the last error was:\n{self.error}" if self.error else "time ran out before the first was done"
+            raise RuntimeError(f"no configuration of arm {arm!r} could be run; {why}")
         value, settings = max(finished, key=lambda pair: pair[0])
         return Tuned(settings, value, self.history)
+
+
+def _mean_score(outcomes: Sequence[Outcome | None], score: str) -> float | None:
+    """Mean over the seeds; None, the worst, if any seed failed or diverged."""
+    values = []
+    for outcome in outcomes:
+        if outcome is None or outcome.status != "finished":
+            return None
+        if score not in outcome.metrics:
+            raise ValueError(f"tune_arms: a trial has no metric {score!r}; it has {sorted(outcome.metrics)}")
+        values.append(outcome.metrics[score])
+    mean = sum(values) / len(values)
+    return mean if math.isfinite(mean) else None
+
+
+def _suggest(trial: optuna.trial.Trial, name: str, part: Range | Choice) -> Setting:
+    if isinstance(part, Choice):
+        return cast(Setting, trial.suggest_categorical(name, part.choices))
+    if part.integer:
+        return trial.suggest_int(name, int(part.low), int(part.high), log=part.log)
+    return trial.suggest_float(name, part.low, part.high, log=part.log)
 
 
 def seconds_left(deadline: float | None) -> float:
