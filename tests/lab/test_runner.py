@@ -5,13 +5,14 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
-from trial_functions import deadly, sometimes, trials, work
+from trial_functions import deadly, deadly_once, sometimes, trials, untidy, work
 
-from wellposed.lab.runner import MAX_ATTEMPTS, run_trials
+from wellposed.lab.runner import MAX_ATTEMPTS, _kill_workers, run_trials
 from wellposed.lab.store import SCHEMA_VERSION, Store, StoreError
 from wellposed.lab.trial import Outcome, Trial
 
@@ -24,6 +25,7 @@ def marks(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setenv("WELLPOSED_TEST_MARKS", str(folder))
     monkeypatch.setenv("PYTHONPATH", str(SUPPORT))
+    _kill_workers()  # those of an earlier test have its environment
     return folder
 
 
@@ -61,6 +63,15 @@ def members(group):
         if int(fields[2]) == group and fields[0] != "Z":
             found.append(stat.parent.name)
     return found
+
+
+def nobody_left(group):
+    """Whether all processes of a group end within a few seconds: joblib's tidy up after the driver."""
+    for _ in range(100):
+        if not members(group):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 @pytest.mark.parametrize("engine", ["serial", "loky"])
@@ -114,12 +125,7 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_no_worker(tmp_path, marks):
     _, errors = process.communicate(timeout=30)
     assert process.returncode != 0
     assert "KeyboardInterrupt" in errors
-    for _ in range(100):
-        left = members(process.pid)
-        if not left:
-            break
-        time.sleep(0.1)
-    assert not left
+    assert nobody_left(process.pid)
     assert 0 < len(Store(path).outcomes()) < 40
 
 
@@ -232,9 +238,86 @@ def test_workers_end_themselves_when_their_driver_was_killed(tmp_path, marks):
     wait_for(marks, 4, process)
     process.kill()  # the driver alone: it can tell its workers nothing
     process.wait()
-    for _ in range(100):
-        left = members(process.pid)
-        if not left:
-            break
-        time.sleep(0.1)
-    assert not left
+    assert nobody_left(process.pid)
+
+
+def test_ctrl_c_in_the_terminal_ends_long_trials_at_once_and_workers_say_nothing(tmp_path, marks):
+    process = driver(tmp_path / "trials.sqlite", 4, 60)
+    wait_for(marks, 2, process)
+    started = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the driver and to every worker
+    _, errors = process.communicate(timeout=30)
+    assert time.monotonic() - started < 15
+    assert errors.count("Traceback") == errors.count("KeyboardInterrupt") == 1
+    assert nobody_left(process.pid)
+
+
+def test_the_only_worker_may_die_without_the_driver(store):
+    found = run_trials(trials(3), deadly, store, workers=1)
+    assert [o.status for o in found] == ["finished", "failed", "finished"]
+
+
+def test_a_trial_that_dies_beside_others_but_not_alone_is_finished(store, marks):
+    found = run_trials(trials(4), deadly_once, store, workers=2)
+    assert [o.status for o in found] == ["finished"] * 4
+    assert runs(marks)["a-1001"] == 2
+
+
+@pytest.mark.parametrize("engine", ["serial", "loky"])
+def test_trials_that_leave_or_return_nonsense_fail_alone(store, engine):
+    found = run_trials(trials(5), untidy, store, workers=2, engine=engine)
+    assert [o.status for o in found] == ["finished", "failed", "failed", "failed", "finished"]
+    for outcome, words in zip(
+        found[1:4], ("SystemExit: 3", "must return a TrialResult", "artifact 'rows'"), strict=True
+    ):
+        assert words in outcome.error
+
+
+def test_a_store_that_breaks_while_trials_run_ends_the_run_with_its_error(store, monkeypatch):
+    calls, read = [], store.get
+
+    def breaking(trial):
+        calls.append(trial)
+        if len(calls) > 16:  # the first twelve look ahead, the next are asked just before a trial starts
+            raise StoreError("the store is gone")
+        return read(trial)
+
+    monkeypatch.setattr(store, "get", breaking)
+    with pytest.raises(StoreError, match="the store is gone"):
+        run_trials(trials(12), work, store, workers=2)
+
+
+def test_each_trial_is_reported_once_in_the_callers_thread(store):
+    seen = []
+
+    def note(trial, outcome):
+        seen.append((trial.seed, threading.current_thread() is threading.main_thread()))
+
+    run_trials(trials(2), work, store, engine="serial")
+    run_trials([*trials(5), *trials(5)], work, store, workers=2, on_done=note)
+    assert sorted(seen) == [(1000 + i, True) for i in range(5)]
+
+
+def test_what_another_run_finished_meanwhile_is_taken_over(store, marks):
+    first, second = trials(2)
+
+    def other_run(trial, outcome):
+        store.put(second, Outcome("finished", {"score": -1.0}))
+
+    found = run_trials([first, second], work, store, engine="serial", on_done=other_run)
+    assert found[1].metrics == {"score": -1.0}
+    assert set(runs(marks)) == {"a-1000"}
+
+
+def test_failed_trials_are_given_up_until_asked_for(store):
+    for _ in range(MAX_ATTEMPTS + 2):
+        (found,) = run_trials(trials(2)[1:], sometimes, store, engine="serial")
+    assert found.attempts == MAX_ATTEMPTS
+    (again,) = run_trials(trials(2)[1:], work, store, engine="serial", retry_failed=True)
+    assert (again.status, again.attempts) == ("finished", MAX_ATTEMPTS + 1)
+
+
+def test_what_is_stored_is_returned_even_after_the_deadline(store):
+    run_trials(trials(3)[2:], work, store, engine="serial")
+    found = run_trials(trials(3), work, store, engine="serial", deadline=time.monotonic() - 1)
+    assert [o is None for o in found] == [True, True, False]

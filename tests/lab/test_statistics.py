@@ -73,3 +73,30 @@ def test_pairs_must_pair_up_and_values_be_finite():
         paired_interval([1.0], [1.0, 2.0])
     with pytest.raises(ValueError, match="finite numbers"):
         mean_interval([1.0, float("nan")])
+
+
+def test_the_exact_sign_flip_test_is_scipys_permutation_test():
+    values = np.random.default_rng(3).normal(0.5, 1, 10)
+    expected = stats.permutation_test((values,), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue
+    assert sign_flip_p(values) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_drawn_test_is_exact_in_expectation_and_never_zero():
+    assert sign_flip_p([1.0] * 40, draws=500) == 1 / 501
+    assert sign_flip_p([1.0, -1.0] * 15, draws=500) == 1.0
+
+
+@given(VALUES)
+def test_a_direction_turns_with_the_values(values):
+    assert direction([-v for v in values]) == -direction(values)
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, 95])
+def test_levels_lie_between_none_and_certain(level):
+    for call in (
+        lambda: mean_interval([1.0, 2.0], level),
+        lambda: smallest_n(level),
+        lambda: simultaneous_level(2, level),
+    ):
+        with pytest.raises(ValueError, match=r"level must lie in \(0, 1\), got"):
+            call()

@@ -14,7 +14,9 @@ def trial(settings, **changes):
     return Trial(settings=settings, **fields)
 
 
-@given(st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.floats(allow_nan=False), st.text(), st.booleans())))
+@given(
+    st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.floats(allow_nan=False), st.text(), st.booleans()))
+)
 def test_the_key_does_not_depend_on_the_order_of_settings(settings):
     assert trial(settings).key == trial(dict(reversed(settings.items()))).key
 

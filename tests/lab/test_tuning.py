@@ -2,7 +2,9 @@
 
 import pytest
 
-from wellposed.lab.trial import Outcome, Trial
+from wellposed.lab.runner import run_trials
+from wellposed.lab.store import Store
+from wellposed.lab.trial import Outcome, Trial, TrialResult
 from wellposed.lab.tuning import parse_space, tune_arms
 
 SPACE = parse_space({"x": {"low": 0.0, "high": 1.0, "default": 0.9}, "kind": {"choices": ["a", "b"]}})
@@ -84,3 +86,57 @@ def test_tuning_seeds_are_not_evaluation_seeds():
 def test_wrong_spaces_are_refused_by_name(table, message):
     with pytest.raises(ValueError, match=message):
         parse_space(table, "elr")
+
+
+def test_a_killed_tuning_repeats_its_proposals_and_finds_their_outcomes(tmp_path):
+    store, ran = Store(tmp_path / "trials.sqlite"), []
+
+    def function(trial):
+        if len(ran) == stop:
+            raise KeyboardInterrupt
+        ran.append(trial.key)
+        return TrialResult(run([trial])[0].metrics)
+
+    def tuned():
+        call = lambda trials: run_trials(trials, function, store, engine="serial")  # noqa: E731
+        return tune_arms({"p": SPACE, "q": SPACE}, make, call, rounds=6, seeds=(0, 1))
+
+    stop = 13
+    with pytest.raises(KeyboardInterrupt):
+        tuned()
+    stop = -1
+    resumed = tuned()
+    assert len(ran) == len(set(ran)) == 2 * 2 * 6
+    fresh = tune_arms({"p": SPACE, "q": SPACE}, make, run, rounds=6, seeds=(0, 1))
+    assert {arm: found.history for arm, found in resumed.items()} == {arm: f.history for arm, f in fresh.items()}
+
+
+def test_the_sampler_moves_away_from_configurations_that_diverge():
+    space = parse_space({"x": {"low": 0.0, "high": 1.0, "default": 0.9}})
+
+    def unstable(trials):
+        return [o if t.settings["x"] < 0.4 else Outcome("diverged") for t, o in zip(trials, run(trials), strict=True)]
+
+    late = []
+    for seed in range(6):
+        history = tune_arms({"p": space}, make, unstable, rounds=24, sampler_seed=seed)["p"].history
+        late += [score is not None for _, score in history[8:]]
+    assert sum(late) / len(late) > 0.5  # by chance it were 0.4; a sampler that forgets failures comes to 0.03
+
+
+def test_a_score_that_is_not_finite_counts_as_the_worst():
+    def broken(trials):
+        found = run(trials)
+        found[0].metrics["score"] = float("nan") if trials[0].settings["x"] > 0.5 else 1.0
+        return found
+
+    found = tune_arms({"p": SPACE}, make, broken, rounds=6)["p"]
+    assert found.history[0][1] is None
+    assert found.score == 1.0
+
+
+def test_a_metric_that_no_trial_has_and_time_that_was_too_short_are_said():
+    with pytest.raises(ValueError, match=r"a trial has no metric 'accuracy'; it has \['score'\]"):
+        tune_arms({"p": SPACE}, make, run, rounds=1, score="accuracy")
+    with pytest.raises(RuntimeError, match="arm 'p' could be run; time ran out before the first was done"):
+        tune_arms({"p": SPACE}, make, lambda trials: [None], rounds=1)

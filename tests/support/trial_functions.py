@@ -43,6 +43,32 @@ def deadly(trial):
     return work(trial)
 
 
+def deadly_once(trial):
+    """Kills its worker the first time only, like a worker that ran out of memory beside others."""
+    folder = Path(os.environ["WELLPOSED_TEST_MARKS"])
+    if trial.seed == 1001 and not (folder / f"{trial.arm}-1001").exists():
+        _mark(trial)
+        os._exit(9)
+    return work(trial)
+
+
+def untidy(trial):
+    """Leaves by sys.exit, returns nothing, or returns what cannot be stored."""
+    if trial.seed == 1001:
+        sys.exit(3)
+    if trial.seed == 1002:
+        return None
+    if trial.seed == 1003:
+        return TrialResult({}, {}, {"rows": {1, 2}})
+    return work(trial)
+
+
+def threads(trial):
+    import torch
+
+    return TrialResult({"threads": torch.get_num_threads(), "omp": float(os.environ["OMP_NUM_THREADS"])})
+
+
 if __name__ == "__main__":
     from wellposed.lab.runner import run_trials
     from wellposed.lab.store import Store

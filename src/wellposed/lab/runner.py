@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from joblib import Parallel, delayed
+from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky import reusable_executor
 from joblib.externals.loky.process_executor import BrokenProcessPool
 
@@ -140,19 +140,18 @@ class _Run:
     def _pool(self, workers: int) -> Parallel:
         if self.engine == "ray":
             return _ray_pool(workers)
-        return Parallel(
-            # joblib runs a single job in the driver itself, where a crash would take everything: two processes at
-            # least, and as many trials under way as workers were asked for.
-            n_jobs=max(2, workers),
-            backend="loky",
-            return_as="generator_unordered",
-            # One trial at a time to each worker, so that the store is asked just before it starts.
-            pre_dispatch=1 if workers == 1 else workers + 1,
-            batch_size=1,
-            inner_max_num_threads=1,
-            initializer=settle_in,
-            initargs=(os.getpid(),),
-        )
+        # Only the configuration, not Parallel itself, hands the limit of threads on to the processes.
+        backend = {"inner_max_num_threads": 1, "initializer": settle_in, "initargs": (os.getpid(),)}
+        with parallel_config(backend="loky", **backend):
+            return Parallel(
+                # joblib runs a single job in the driver itself, where a crash would take everything: two processes
+                # at least, and as many trials under way as workers were asked for.
+                n_jobs=max(2, workers),
+                return_as="generator_unordered",
+                # One trial at a time to each worker, so that the store is asked just before it starts.
+                pre_dispatch=1 if workers == 1 else workers + 1,
+                batch_size=1,
+            )
 
     def _open(self, trials: Sequence[Trial]) -> Iterator[Trial]:
         """The trials that must run, asked one by one: a second run on the same store may have finished some.
