@@ -211,6 +211,52 @@ def curve_panel(
         return to_svg(figure, title, "curves" + title)
 
 
+def line_plot(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]],
+    x_label: str,
+    y_label: str,
+    title: str,
+    log_x: bool = False,
+) -> str:
+    """Named lines over their own places: the mean over seeds, and a band from the least to the greatest.
+
+    Args:
+        lines: by label: places on the x axis, and one list of values a seed.
+        x_label, y_label: of the axes.
+        title: for screen readers.
+        log_x: logarithmic x axis; a place of 0 is drawn at half of the next one.
+
+    Returns:
+        An `<svg>` element.
+
+    Example:
+        >>> line_plot({"a": ([1, 2], [[0.0, 1.0], [0.2, 0.8]])}, "step", "score", "Scores")[:4]
+        '<svg'
+    """
+    styles = [
+        (ACCENT, "-"),
+        (SECOND, (0, (5, 2))),
+        (THIRD, (0, (4, 1.4, 1, 1.4))),
+        (INK, (0, (1.2, 1.4))),
+        (MUTED, "-"),
+    ]
+    with house_style():
+        figure, (axes,) = new_figure(6.4, 3.4, 1, 1)
+        for number, (label, (places, seeds)) in enumerate(lines.items()):
+            colour, dashes = styles[number % len(styles)]
+            mean, low, high = _over_seeds(seeds)
+            x = np.asarray(places, float)[: len(mean)]
+            if log_x:
+                x = np.where(x > 0, x, x[x > 0].min() / 2)
+            axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+            axes.plot(x, mean, color=colour, linewidth=1.8, linestyle=dashes, label=label)
+        if log_x:
+            axes.set_xscale("log")
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.legend(frameon=False, loc="best")
+        return to_svg(figure, title, "lines" + title)
+
+
 def curve_places(lines: Mapping[str, Sequence[Sequence[float]]]) -> np.ndarray:
     """The epochs at which the points of an arm's curves lie, as its longest seed has them."""
     if lines.get("epoch"):

@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 _VERSIONS = ("torch", "numpy")
 
 
-def fingerprint(*modules: str | object, package: str = "wellposed") -> str:
+def fingerprint(*modules: str | object, package: str = "wellposed", without: Sequence[str] = ()) -> str:
     """Hash of the modules named, of all that they import from the package and from their own packages, and of torch
     and numpy's versions.
 
@@ -32,6 +32,7 @@ def fingerprint(*modules: str | object, package: str = "wellposed") -> str:
         modules: importable names, e.g. "wellposed.compare.training", or objects (functions, classes, modules), which
             stand for the module that defines them.
         package: whose modules are followed, beside the packages of `modules`.
+        without: packages that no result depends on, although they are imported: they do not count.
 
     Returns:
         16 hexadecimal digits.
@@ -49,7 +50,7 @@ def fingerprint(*modules: str | object, package: str = "wellposed") -> str:
         if _source(name) is None:
             raise ValueError(f"fingerprint: {name!r} is no module with a Python source file")
     digest = hashlib.sha256()
-    for name in sorted(reachable(names, package)):
+    for name in sorted(reachable(names, package, without)):
         path = _source(name)
         if path is not None and not _lazy(path):
             digest.update(name.encode() + b"\0" + _code(path).encode() + b"\0")
@@ -58,7 +59,7 @@ def fingerprint(*modules: str | object, package: str = "wellposed") -> str:
     return digest.hexdigest()[:16]
 
 
-def reachable(modules: list[str], package: str = "wellposed") -> set[str]:
+def reachable(modules: list[str], package: str = "wellposed", without: Sequence[str] = ()) -> set[str]:
     """Names of the modules that `modules` import, directly or not, within the package and their own packages.
 
     Example:
@@ -70,7 +71,8 @@ def reachable(modules: list[str], package: str = "wellposed") -> set[str]:
     waiting = list(modules)
     while waiting:
         name = waiting.pop()
-        if name not in found and _source(name) is not None:
+        left_out = any(name == part or name.startswith(f"{part}.") for part in without)
+        if name not in found and not left_out and _source(name) is not None:
             found.add(name)
             waiting.append(name.rpartition(".")[0] or name)  # its package's __init__ runs, too
             waiting.extend(n for n in _imports(name) if n.split(".")[0] in followed)

@@ -42,9 +42,9 @@ def tune_arms(
     make_trial: Callable[[str, dict[str, Setting], int], Trial],
     run: RunBatch,
     *,
-    rounds: int,
+    rounds: int | Mapping[str, int],
     seeds: Sequence[int] = (0,),
-    score: str = "score",
+    score: str | Mapping[str, str] = "score",
     sampler_seed: int = 0,
     keep_going: Callable[[int], bool] = lambda done: True,
 ) -> dict[str, Tuned]:
@@ -59,9 +59,9 @@ def tune_arms(
         spaces: search space of each arm; an empty space is tried once.
         make_trial: `(arm, settings, seed) -> Trial`.
         run: runs trials and returns their outcomes in order.
-        rounds: configurations an arm, at least 1.
+        rounds: configurations an arm, at least 1; a mapping gives each arm its own number.
         seeds: tuning seeds, below 1000.
-        score: metric to maximise, averaged over the seeds.
+        score: metric to maximise, averaged over the seeds; a mapping gives each arm its own.
         sampler_seed: of the proposals.
         keep_going: asked after each round with the number of rounds done; False ends tuning for all arms.
 
@@ -69,13 +69,15 @@ def tune_arms(
         ValueError: for rounds < 1, a seed that belongs to evaluation, or a trial without the metric `score`.
         RuntimeError: if no configuration of an arm could be run, with the last traceback.
     """
-    if rounds < 1:
+    budget = dict.fromkeys(spaces, rounds) if isinstance(rounds, int) else dict(rounds)
+    scores = dict.fromkeys(spaces, score) if isinstance(score, str) else dict(score)
+    if any(count < 1 for count in budget.values()):
         raise ValueError(f"tune_arms: rounds must be >= 1, got {rounds}")
     if not seeds or any(seed >= FIRST_EVALUATION_SEED for seed in seeds):
         raise ValueError(f"tune_arms: seeds must lie below {FIRST_EVALUATION_SEED}, got {list(seeds)}")
     searches = {arm: _Search(space, sampler_seed) for arm, space in spaces.items()}
-    for number in range(rounds):
-        asked = {arm: search.ask() for arm, search in searches.items()}
+    for number in range(max(budget.values(), default=0)):
+        asked = {arm: search.ask() for arm, search in searches.items() if number < budget[arm]}
         trials = [make_trial(arm, s, seed) for arm, s in asked.items() if s is not None for seed in seeds]
         outcomes = dict(zip((t.key for t in trials), run(trials), strict=True))
         complete = all(outcome is not None for outcome in outcomes.values())
@@ -84,7 +86,7 @@ def tune_arms(
         for arm, settings in asked.items():
             if settings is not None:
                 found = [outcomes[make_trial(arm, settings, seed).key] for seed in seeds]
-                searches[arm].tell(found, score)
+                searches[arm].tell(found, scores[arm])
         if not complete or not keep_going(number + 1):
             break
     return {arm: search.best(arm) for arm, search in searches.items()}
@@ -110,7 +112,7 @@ class _Search:
 
     def tell(self, outcomes: Sequence[Outcome | None], score: str) -> None:
         self.error = next((o.error for o in outcomes if o is not None and o.error), self.error)
-        mean = _mean_score(outcomes, score)
+        mean = mean_score(outcomes, score)
         self.history.append((dict(self.settings), mean))
         if mean is None:
             # Optuna forgets trials that fail, but ranks pruned ones behind all others: a configuration that diverges
@@ -128,7 +130,7 @@ class _Search:
         return Tuned(settings, value, self.history)
 
 
-def _mean_score(outcomes: Sequence[Outcome | None], score: str) -> float | None:
+def mean_score(outcomes: Sequence[Outcome | None], score: str) -> float | None:
     """Mean over the seeds; None, the worst, if any seed failed or diverged."""
     values = []
     for outcome in outcomes:

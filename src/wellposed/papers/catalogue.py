@@ -31,6 +31,8 @@ class Claim:
         margin: smallest value that would still support the claim; None for exact and scale.
         reason: of the margin.
         regime: what must hold for the baseline, so that the phenomenon exists here.
+        non_inferiority: of an equivalence: only the lower bound counts.
+        command: of a scale claim: what would test it, where the data and the machines are.
     """
 
     id: str
@@ -41,6 +43,8 @@ class Claim:
     margin: float | None = None
     reason: str = ""
     regime: str = ""
+    non_inferiority: bool = False
+    command: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -76,8 +80,8 @@ class Card:
     deviations: tuple[str, ...] = ()
     study: str = ""
     cost: str = ""
-    seeds: int = 12
     claims: tuple[Claim, ...] = ()
+    protocol: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:

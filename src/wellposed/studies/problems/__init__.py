@@ -1,0 +1,1 @@
+"""Problems that studies share: data with known truth, re-drawn by a seed."""
