@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.optimize
 import sklearn.metrics
 import torch
 from hypothesis import given, settings
@@ -104,6 +105,36 @@ def test_a_perfect_ranking_has_no_excess_and_no_ranking_is_better():
     assert float(metrics.excess_area_under_risk_coverage(logits, targets)) == pytest.approx(0, abs=1e-12)
 
 
+def test_calibration_error_equals_torchmetrics():
+    classification = pytest.importorskip("torchmetrics.functional.classification")
+    for seed in range(5):
+        logits, targets = example(seed, 300, 6)
+        expected = classification.multiclass_calibration_error(logits.softmax(1), targets, 6, n_bins=10, norm="l1")
+        found = metrics.expected_calibration_error(logits, targets, num_bins=10)
+        assert float(found) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_the_optimal_temperature_is_the_minimum_that_scipy_finds():
+    for seed in range(10):
+        logits, targets = example(seed, 200, 4)
+        likely = (logits + 3 * torch.nn.functional.one_hot(targets, 4)) * (1 + seed)
+
+        def loss(log_temperature, likely=likely, targets=targets):
+            return float(metrics.negative_log_likelihood(likely / math.exp(log_temperature), targets))
+
+        expected = math.exp(scipy.optimize.minimize_scalar(loss, bounds=(-4, 4), options={"xatol": 1e-10}).x)
+        found = metrics.optimal_temperature(likely, targets)
+        assert float(found) == pytest.approx(expected, rel=1e-5)
+        assert float(metrics.optimal_temperature(likely / 8, targets)) == pytest.approx(float(found) / 8, rel=1e-9)
+        assert metrics.negative_log_likelihood(likely / found, targets) <= loss(0.0) + 1e-12
+
+
+def test_a_temperature_of_certain_and_right_predictions_is_the_lowest_allowed():
+    logits = torch.eye(3)
+    assert float(metrics.optimal_temperature(logits, torch.arange(3), low=0.25)) == pytest.approx(0.25)
+    assert float(metrics.optimal_temperature(logits, torch.tensor([1, 2, 0]), high=4.0)) == pytest.approx(4.0)
+
+
 def test_memorization_counts_wrong_labels_only():
     given_labels, true_labels = torch.tensor([0, 1, 1, 2, 2]), torch.tensor([0, 0, 1, 0, 1])
     assert float(metrics.memorization(torch.tensor([0, 1, 0, 0, 2]), given_labels, true_labels)) == pytest.approx(2 / 3)
@@ -158,6 +189,7 @@ def test_half_precision_is_computed_in_float32(dtype):
         "expected_calibration_error",
         "area_under_risk_coverage",
         "excess_area_under_risk_coverage",
+        "optimal_temperature",
     ):
         function = getattr(metrics, name)
         result = function(logits, targets)
@@ -176,6 +208,8 @@ def test_bad_arguments_are_explained():
         metrics.accuracy(targets[:3], targets)
     with pytest.raises(ValueError, match="num_bins must be >= 1, got 0"):
         metrics.expected_calibration_error(logits, targets, 0)
+    with pytest.raises(ValueError, match="optimal_temperature: need 0 < low < high, got 2.0 and 1.0"):
+        metrics.optimal_temperature(logits, targets, 2.0, 1.0)
     with pytest.raises(ValueError, match="peak must be > 0, got 0"):
         metrics.peak_signal_to_noise_ratio(logits, logits, peak=0.0)
     with pytest.raises(ValueError, match="r2_score: needs at least two examples, got 1"):

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from . import __version__
+from . import __version__, study_commands
 
 app = typer.Typer(
     name="wellposed",
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Data sets that ship inside packages.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+study_commands.register(app)
 
 
 class Engine(StrEnum):
@@ -57,9 +58,9 @@ def run(arguments: list[str]) -> int:
 def _known_errors(error: Exception) -> int | None:
     """Exit code of an error whose message is all that a user needs; None for a defect, whose traceback we want."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    if names & {"UserError", "UnknownPaper", "DatasetError", "ClickException"}:
+    if names & {"UserError", "UnknownPaper", "UnknownStudy", "StudyError", "DatasetError", "ClickException"}:
         return 2
-    return 1 if names & {"StoreError", "WriteError", "CheckpointError"} else None
+    return 1 if names & {"StoreError", "WriteError", "CheckpointError", "TuningError", "LedgerError"} else None
 
 
 def _fail(message: str, code: int) -> int:
@@ -173,39 +174,6 @@ def show(slug: Annotated[str, typer.Argument(help="A paper's slug, e.g. elr.")])
     from .papers.terminal import print_card
 
     print_card(find_card(slug), Console())
-
-
-@app.command()
-def report(
-    name: Annotated[str | None, typer.Argument(help="Name or folder of a comparison; the latest by default.")] = None,
-    open_report: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
-) -> None:
-    """Render the report of a finished comparison again."""
-    from .compare.errors import UserError, suggestion
-    from .compare.report import write_report
-    from .compare.result import load_result
-
-    base = Path("wellposed-report")
-    known = sorted(base.glob("*/results.json"), key=lambda p: p.stat().st_mtime)
-    if name is None:
-        if not known:
-            raise UserError("no finished comparison here; begin with: wellposed compare digits --noise 0.4")
-        folder = known[-1].parent
-    else:
-        folder = next((p for p in (Path(name), base / name) if (p / "results.json").is_file()), Path(name))
-        if not (folder / "results.json").is_file():
-            names = [p.parent.name for p in known]
-            raise UserError(
-                f"no finished comparison '{name}'.{suggestion(name, names)} Here: {', '.join(names) or 'none'}"
-            )
-    try:
-        result = load_result(folder)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    page = write_report(result, folder)
-    typer.echo(f"report  {page}")
-    if open_report:
-        webbrowser.open(page.resolve().as_uri())
 
 
 @data_app.command("list")

@@ -13,14 +13,16 @@ from .step import Step
 class Compose(Regularizer):
     """Run several methods in the order given; itself a `Regularizer`.
 
-    `finish` runs in the reverse order, so that what was wrapped last is unwrapped first.
+    `finish` runs in the reverse order, so that what was wrapped last is unwrapped first; methods that changed nothing
+    at `attach` run before all that did: an average or the best epoch finds the tensors that it saw in training.
 
     Args:
         regularizers: the methods; a nested `Compose` is taken apart.
 
     Raises:
         TypeError: for anything that is no `Regularizer`.
-        ValueError: if two of them replace the task loss: the second would silently win.
+        ValueError: if two of them replace the task loss: the second would silently win; or if one rewrites the batch
+            after another has given each network of a `Pair` its own.
 
     Example:
         >>> class Ridge(Regularizer):
@@ -40,8 +42,18 @@ class Compose(Regularizer):
         owners = [type(r).__name__ for r in self if r.replaces_loss]
         if len(owners) > 1:
             raise ValueError(f"Compose: at most one method may replace the task loss, got {' and '.join(owners)}")
+        pairing = ""
+        for r in self:
+            if pairing and type(r).on_batch is not Regularizer.on_batch:
+                name = type(r).__name__
+                raise ValueError(
+                    f"Compose: {pairing} gives each network its own batch, so {name}, which acts on the batch, must come "
+                    f"before it: Compose({name}(...), {pairing}(...))"
+                )
+            pairing = type(r).__name__ if r.pairs_batch else pairing
         self.requires = frozenset().union(*(r.requires for r in self))
         self.coupled = any(r.coupled for r in self)
+        self.pairs_batch = bool(pairing)
 
     def __iter__(self) -> Any:
         return iter(self.regularizers)
@@ -94,6 +106,7 @@ class Compose(Regularizer):
             regularizer.on_epoch(step)
 
     def finish(self, model: nn.Module) -> nn.Module:
-        for regularizer in reversed(list(self)):
+        # Stable, so that both kinds keep the reverse order.
+        for regularizer in sorted(reversed(list(self)), key=lambda r: type(r).attach is not Regularizer.attach):
             model = regularizer.finish(model)
         return model

@@ -293,6 +293,7 @@ class _Run:
                 log=self._log,
                 validate=None if self.validation is None else self._validate,
                 stop=self._stop,
+                invalidate=self._invalidate,
                 autocast=self.autocast,
             ),
         )
@@ -327,6 +328,9 @@ class _Run:
             found = evaluate(self.model, self.validation, self.criterion, self.options["metrics"])
             self._validated = (self.number, found)
         return self._validated[1]
+
+    def _invalidate(self) -> None:
+        self._validated = None
 
     def _stop(self, reason: str) -> None:
         self.stopped = reason

@@ -131,6 +131,39 @@ def excess_area_under_risk_coverage(
     return achieved - (perfect.to(achieved.dtype) / _ranks(perfect)).mean()
 
 
+def optimal_temperature(
+    logits: Float[Tensor, "batch classes"], targets: Int[Tensor, " batch"], low: float = 0.01, high: float = 100.0
+) -> Float[Tensor, ""]:
+    """The temperature T in [low, high] at which ``logits / T`` has the least negative log-likelihood (Guo et al. 2017).
+
+    Fit it on validation data, divide the test logits by it. One number: it changes confidences, never predictions. The
+    likelihood is convex in 1/T, so its slope is bisected, in float64, to all digits. Where every prediction is right there
+    is no optimum inside, and the result is ``low``.
+
+    Raises:
+        ValueError: unless 0 < low < high, or for shapes that do not agree.
+
+    Example:
+        >>> logits = torch.tensor([[9.0, 0.0], [9.0, 0.0], [9.0, 0.0], [9.0, 0.0]])
+        >>> temperature = optimal_temperature(logits, torch.tensor([0, 0, 0, 1]))
+        >>> (logits[0] / temperature).softmax(0)
+        tensor([0.7500, 0.2500])
+    """
+    _check_logits("optimal_temperature", logits, targets)
+    if not 0 < low < high:
+        raise ValueError(f"optimal_temperature: need 0 < low < high, got {low} and {high}")
+    wide = logits.double()
+    given = wide.gather(1, targets[:, None]).mean()
+    # Bounds of log(1/T); the slope of the likelihood in 1/T is the mean logit under the model minus that of the targets.
+    small, large = (torch.tensor(1 / t, dtype=torch.float64, device=logits.device).log() for t in (high, low))
+    for _ in range(60):
+        middle = (small + large) / 2
+        scale = middle.exp()
+        slope = ((scale * wide).softmax(1) * wide).sum(1).mean() - given
+        small, large = torch.where(slope < 0, middle, small), torch.where(slope < 0, large, middle)
+    return (-(small + large) / 2).exp().to(_wide(logits).dtype)
+
+
 def memorization(
     predictions: Predictions, given_labels: Int[Tensor, " batch"], true_labels: Int[Tensor, " batch"]
 ) -> Float[Tensor, ""]:

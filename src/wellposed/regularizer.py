@@ -80,6 +80,8 @@ class Regularizer(nn.Module):
         requires: subset of `REQUIREMENTS` that the loop must provide.
         coupled: whether terms couple the examples of a batch (a ranking, a covariance), so that cutting the batch
             into micro-batches changes them; the loop then warns under accumulation.
+        pairs_batch: whether `on_batch` gives each network of a `Pair` inputs, targets and positions of its own
+            (`Paired`); other methods that rewrite the batch must come before, which `Compose` checks.
 
     Example:
         >>> class Shrink(Regularizer):
@@ -95,6 +97,7 @@ class Regularizer(nn.Module):
 
     requires: frozenset[str] = frozenset()
     coupled: bool = False
+    pairs_batch: bool = False
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Replace, parametrise or pair modules; called once, before the optimizer is built."""

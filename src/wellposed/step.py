@@ -107,6 +107,7 @@ class LoopServices:
     log: Callable[[str, Any], None] = lambda name, value: None
     validate: Callable[[], dict[str, float]] | None = None
     stop: Callable[[str], None] | None = None
+    invalidate: Callable[[], None] | None = None
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
@@ -118,7 +119,8 @@ class Step:
         model: the network that trains, as `attach` returned it (possibly wrapped for data parallelism).
         optimizer: the optimizer, or None under a tuner.
         inputs, targets: tensors (batch, ...), or tuples and dicts of tensors.
-        index: (batch,) int64, position of each example in the data set; None if the loader does not tell.
+        index: (batch,) int64, position of each example in the data set; None if the loader does not tell, `Paired` where
+            a method gave each network of a `Pair` a batch of its own.
         weights: (batch,) or (batch, length) weight of each example or token in the loss; None means 1.
         extra: what else the batch carries (source ids, rollout tensors). Tensors whose first dimension is the
             batch are cut into micro-batches with it.
@@ -137,7 +139,7 @@ class Step:
     optimizer: Optimizer | None = None
     inputs: Any = None
     targets: Any = None
-    index: Tensor | None = None
+    index: Tensor | Any | None = None
     weights: Tensor | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     outputs: Any = None
@@ -237,6 +239,11 @@ class Step:
         if self.services.validate is None:
             raise RuntimeError("Step.validate: this loop has no validation data; pass validation= to fit")
         return self.services.validate()
+
+    def invalidate(self) -> None:
+        """Say that a hook changed what the model predicts (a prefix, a threshold): the next `validate` measures anew."""
+        if self.services.invalidate is not None:
+            self.services.invalidate()
 
     def stop(self, reason: str) -> None:
         """Ask the loop to end training here (from `on_epoch`: before the epoch that would begin)."""

@@ -155,7 +155,7 @@ def test_tuning_touches_no_test_set(tmp_path, monkeypatch):
         (["compare", "digits", "--model", "nowhere:net"], "cannot import 'nowhere'"),
         (["compare", "digits", "--workers", "0x"], "valid integer"),
         (["show", "er"], "no paper 'er'. Did you mean 'elr'?"),
-        (["report", "nowhere"], "no finished comparison 'nowhere'"),
+        (["report", "nowhere"], "no finished study or comparison 'nowhere'"),
         (["data", "get", "mnits"], "no data set 'mnits'. Did you mean 'mnist'?"),
     ],
 )

@@ -69,10 +69,45 @@ def threads(trial):
     return TrialResult({"threads": torch.get_num_threads(), "omp": float(os.environ["OMP_NUM_THREADS"])})
 
 
+def _note_process(trial):
+    (Path(os.environ["WELLPOSED_TEST_MARKS"]) / f"pid-{trial.arm}-{trial.seed}").write_text(str(os.getpid()))
+
+
+def where(trial):
+    """Which node of a cluster runs the trial, and with how many threads."""
+    import ray
+
+    result = work(trial)
+    result.metrics |= threads(trial).metrics
+    result.artifacts |= {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
+    return result
+
+
+def slow_once(trial):
+    """The first trial takes ten minutes the first time, so that its machine can be lost meanwhile."""
+    folder = Path(os.environ["WELLPOSED_TEST_MARKS"])
+    if trial.seed == 1000 and not (folder / "a-1000").exists():
+        _mark(trial)
+        _note_process(trial)
+        time.sleep(600)
+    return work(trial)
+
+
+def noted(trial):
+    _note_process(trial)
+    return work(trial)
+
+
 if __name__ == "__main__":
     from wellposed.lab.runner import run_trials
     from wellposed.lab.store import Store
 
     path, count, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-    run_trials(trials(count, seconds=seconds), work, Store(path), workers=2)
+    if sys.argv[4:] == ["ray"]:
+        # The module by its name, as a cluster needs it: this file is "__main__" here.
+        import trial_functions
+
+        run_trials(trials(count, seconds=seconds), trial_functions.noted, Store(path), workers=2, engine="ray")
+    else:
+        run_trials(trials(count, seconds=seconds), work, Store(path), workers=2)
     print("done")

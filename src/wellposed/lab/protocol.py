@@ -11,10 +11,13 @@ from .trial import FIRST_EVALUATION_SEED, Setting
 
 ROLES = ("method", "baseline", "control", "witness")
 MIN_SEEDS = 8
-_ARM_KEYS = ("name", "label", "role", "fixed", "search", "shared", "rounds", "score", "trials_of", "settings_of")
+_ARM_KEYS = (
+    "name", "label", "group", "role", "fixed", "search", "shared", "rounds", "score", "trials_of", "settings_of",
+)  # fmt: skip
 _KEYS = (
     "problem", "redraws", "seeds", "tuning_rounds", "tuning_seeds", "score", "worst", "shared", "smoke", "paper", "arms",
 )  # fmt: skip
+_PAPER_KEYS = ("seeds", "metric", "data", "cost", "arms")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class StudyArm:
         score: metric that tuning maximises.
         trials_of: takes the tuning trials of this arm, and chooses among them by its own score.
         settings_of: starts from the tuned settings of this arm.
+        group: heading under which pages show it, e.g. the problem that it runs on.
     """
 
     name: str
@@ -42,6 +46,27 @@ class StudyArm:
     score: str = "score"
     trials_of: str = ""
     settings_of: str = ""
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class PaperProtocol:
+    """What a card's `[protocol.paper]` writes down: the published configuration, run as it is, without tuning.
+
+    Attributes:
+        metric: that is compared with the published number.
+        data, cost: in words: what must be where, and what a run takes.
+        seeds: evaluation seeds.
+        arms: by name.
+        published: the paper's number, of the arms that it reports.
+    """
+
+    metric: str
+    data: str
+    cost: str
+    seeds: int
+    arms: Mapping[str, StudyArm]
+    published: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -56,7 +81,7 @@ class Protocol:
         arms: by name, in the card's order.
         worst: what a diverged trial counts as, by metric.
         smoke: settings that the scale "smoke" overrides.
-        paper: settings of the published configuration.
+        paper: the published configuration, or None.
     """
 
     problem: str
@@ -68,7 +93,7 @@ class Protocol:
     arms: Mapping[str, StudyArm]
     worst: Mapping[str, float] = field(default_factory=dict)
     smoke: Mapping[str, Setting] = field(default_factory=dict)
-    paper: Mapping[str, Setting] = field(default_factory=dict)
+    paper: PaperProtocol | None = None
 
     @property
     def evaluation_seeds(self) -> list[int]:
@@ -115,8 +140,24 @@ def parse_protocol(table: Mapping[str, Any], owner: str) -> Protocol:
     return Protocol(
         table["problem"], table["redraws"], table["score"], table["seeds"], table["tuning_rounds"],
         table["tuning_seeds"], arms, dict(table.get("worst", {})), dict(table.get("smoke", {})),
-        dict(table.get("paper", {})),
+        _parse_paper(table["paper"], where) if "paper" in table else None,
     )  # fmt: skip
+
+
+def _parse_paper(table: Mapping[str, Any], where: str) -> PaperProtocol:
+    where = f"{where}.paper"
+    _check_keys(table, _PAPER_KEYS, where)
+    if missing := [name for name in _PAPER_KEYS if name not in table]:
+        raise ValueError(f"{where}: the key {missing[0]!r} is missing")
+    arms: dict[str, StudyArm] = {}
+    published: dict[str, float] = {}
+    for entry in table["arms"]:
+        plain = {name: value for name, value in entry.items() if name != "published"}
+        arm = _parse_arm({**plain, "shared": False}, {}, 0, where)
+        arms[arm.name] = arm
+        if "published" in entry:  # controls that the paper left out have no number
+            published[arm.name] = float(entry["published"])
+    return PaperProtocol(table["metric"], table["data"], table["cost"], table["seeds"], arms, published)
 
 
 def _parse_arm(entry: Mapping[str, Any], shared: Space, rounds: int, where: str) -> StudyArm:
@@ -144,7 +185,7 @@ def _parse_arm(entry: Mapping[str, Any], shared: Space, rounds: int, where: str)
         raise ValueError(f"{where}: trials_of takes another arm's trials as they are: no search, fixed or settings_of")
     return StudyArm(
         name, entry.get("label", name), role, fixed, space, count, entry.get("score", "score"),
-        entry.get("trials_of", ""), entry.get("settings_of", ""),
+        entry.get("trials_of", ""), entry.get("settings_of", ""), entry.get("group", ""),
     )  # fmt: skip
 
 

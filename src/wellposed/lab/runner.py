@@ -6,14 +6,14 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky import reusable_executor
 from joblib.externals.loky.process_executor import BrokenProcessPool
 
+from .cluster import run_on_cluster
 from .store import Store
 from .trial import Outcome, Trial
 from .worker import TrialFunction, run_one, settle_in
@@ -101,7 +101,22 @@ class _Run:
             for trial in self._open(waiting):
                 self._keep(trial, run_one(self.function, trial)[1])
             self._report_elsewhere()
-            return
+        elif self.engine == "ray":
+            self._on_cluster({trial.key: trial for trial in waiting})
+        else:
+            self._in_processes(waiting)
+
+    def _on_cluster(self, waiting: Mapping[str, Trial]) -> None:
+        # Closing ends what still runs, whatever ends this run.
+        with contextlib.closing(
+            run_on_cluster(self.function, self._open(list(waiting.values())), self.workers)
+        ) as ended:
+            for key, outcome in ended:
+                self._keep(waiting[key], outcome)
+                self._report_elsewhere()
+        self._report_elsewhere()
+
+    def _in_processes(self, waiting: Sequence[Trial]) -> None:
         with tempfile.TemporaryDirectory(prefix="wellposed-") as folder:
             marks = Path(folder)
             suspects = self._parallel(waiting, marks, self.workers)
@@ -120,8 +135,7 @@ class _Run:
             return None
         for mark in marks.iterdir():
             mark.unlink()
-        place = marks if self.engine == "loky" else None
-        tasks = (delayed(run_one)(self.function, trial, place) for trial in self._open(list(waiting.values())))
+        tasks = (delayed(run_one)(self.function, trial, marks) for trial in self._open(list(waiting.values())))
         try:
             for key, outcome in self._pool(workers)(tasks):
                 self._keep(waiting[key], outcome)
@@ -131,15 +145,12 @@ class _Run:
             # A worker that dies between two trials leaves no mark: the first that is open is tried alone then.
             return running or [trial for key, trial in waiting.items() if key not in self.outcomes][:1] or None
         except BaseException:
-            if self.engine == "loky":
-                _kill_workers()
+            _kill_workers()
             raise
         self._report_elsewhere()
         return None
 
     def _pool(self, workers: int) -> Parallel:
-        if self.engine == "ray":
-            return _ray_pool(workers)
         # Only the configuration, not Parallel itself, hands the limit of threads on to the processes.
         backend = {"inner_max_num_threads": 1, "initializer": settle_in, "initargs": (os.getpid(),)}
         with parallel_config(backend="loky", **backend):
@@ -200,12 +211,3 @@ def _kill_workers() -> None:
     if executor is not None:
         with contextlib.suppress(Exception):
             executor.shutdown(wait=True, kill_workers=True)
-
-
-def _ray_pool(workers: int) -> Any:
-    try:
-        from ray.util.joblib import register_ray
-    except ImportError as error:
-        raise ValueError("run_trials: engine 'ray' needs it installed: pip install 'wellposed[ray]'") from error
-    register_ray()
-    return Parallel(n_jobs=workers, backend="ray", return_as="generator_unordered", batch_size=1)

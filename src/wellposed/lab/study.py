@@ -102,6 +102,9 @@ class Study:
         regimes: by claim: from all seeds to the conditions that show the phenomenon here, on baselines alone.
         exact: by claim: the cases of an identity or a bound, smallest first.
         headline: metric of the page's first figure, and its words: ("accuracy", "test accuracy, points").
+        needs: data sets that the laptop scale reads and that are no part of a dependency, as in `wellposed data list`.
+        prepare: looks for what the protocol's arms need, before any training at laptop or paper scale, and raises
+            `DatasetError` or `StudyError` where it is missing.
         figures: further figures, from the finished run (see `wellposed.lab.study_run.StudyRun`).
     """
 
@@ -111,6 +114,8 @@ class Study:
     regimes: Mapping[str, Regime] = field(default_factory=dict)
     exact: Mapping[str, ExactClaim] = field(default_factory=dict)
     headline: tuple[str, str] = ("score", "score")
+    needs: tuple[str, ...] = ()
+    prepare: Callable[[Protocol], None] | None = None
     figures: Callable[[Any], Sequence[Figure]] | None = None
 
     def check(self, card: Card) -> None:
@@ -172,12 +177,14 @@ def claim_level(card: Card, claim: Claim) -> float:
     return LEVEL if claim.primary else secondary_level(secondary)
 
 
-def judge_claims(study: Study, card: Card, seeds: Sequence[Seed]) -> dict[str, Verdict]:
-    """Verdicts on all claims of a card, from the evaluation trials of all its seeds.
+def judge_claims(
+    study: Study, card: Card, seeds: Sequence[Seed], claims: Sequence[Claim] | None = None
+) -> dict[str, Verdict]:
+    """Verdicts on the claims of a card (or on some of them), from the evaluation trials of all its seeds.
 
     A claim of which a trial failed is inconclusive: nothing is judged on fewer seeds than were registered.
     """
-    return {claim.id: _judge(study, card, claim, seeds) for claim in card.claims}
+    return {claim.id: _judge(study, card, claim, seeds) for claim in (card.claims if claims is None else claims)}
 
 
 def _judge(study: Study, card: Card, claim: Claim, seeds: Sequence[Seed]) -> Verdict:

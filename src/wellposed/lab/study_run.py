@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..datasets.registry import find_dataset, is_installed
 from ..papers.catalogue import Card
 from .fingerprint import commit_of, fingerprint, machine
 from .progress import Watch
@@ -26,6 +27,10 @@ from .verdicts import Verdict
 
 SCALES = ("smoke", "laptop", "paper")
 SMOKE_SEEDS = 2
+
+
+class StudyError(ValueError):
+    """A study cannot run as asked: an option is wrong, or data are missing. Raised before any training."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +106,8 @@ class StudyRun:
 
     @property
     def judged(self) -> bool:
-        """Whether verdicts were drawn: never at smoke scale."""
-        return self.options.scale != "smoke"
+        """Whether verdicts were drawn: at laptop scale, never at smoke scale; paper scale shows numbers."""
+        return self.options.scale == "laptop"
 
     @property
     def as_registered(self) -> bool:
@@ -125,18 +130,37 @@ def run_study(study: Study, card: Card, options: StudyOptions, console: Console 
         console: where progress goes; standard error by default.
 
     Raises:
-        ValueError: before any training, for a study that does not fit its card, or options out of range.
+        StudyError: before any training, for options out of range, or data that are not here.
+        ValueError: for a study that does not fit its card.
     """
+    if options.workers < 1:
+        raise StudyError(f"--workers must be at least 1, got {options.workers}")
     if options.scale not in SCALES:
-        raise ValueError(f"--scale must be one of {', '.join(SCALES)}, got '{options.scale}'")
+        raise StudyError(f"--scale must be one of {', '.join(SCALES)}, got '{options.scale}'")
     if options.seeds is not None and options.seeds < 2:
-        raise ValueError(f"--seeds must be at least 2, got {options.seeds}")
-    study.check(card)
+        raise StudyError(f"--seeds must be at least 2, got {options.seeds}")
     protocol = protocol_of(card)
+    if options.scale == "paper":
+        protocol = _published(protocol, card)
+    else:
+        study.check(card)
+    if options.scale == "laptop":
+        for name in study.needs:
+            if not is_installed(entry := find_dataset(name)):
+                raise StudyError(entry.how_to_get)
+    if study.prepare is not None and options.scale != "smoke":
+        study.prepare(protocol)
     known = {name for arm in protocol.arms.values() for name in (*arm.fixed, *arm.space)} | set(protocol.smoke)
     if unknown := sorted(set(options.overrides) - known):
-        raise ValueError(f"--set: no setting '{unknown[0]}' in this study; it has: {', '.join(sorted(known))}")
+        raise StudyError(f"--set: no setting '{unknown[0]}' in this study; it has: {', '.join(sorted(known))}")
     return _Runner(study, card, protocol, options, console).run()
+
+
+def _published(protocol: Protocol, card: Card) -> Protocol:
+    """The protocol of the scale "paper": the published arms, as they are."""
+    if protocol.paper is None:
+        raise StudyError(f"{card.slug}: no published configuration is written down ([protocol.paper] in its card)")
+    return dataclasses.replace(protocol, arms=protocol.paper.arms, seeds=protocol.paper.seeds, smoke={})
 
 
 class _Runner:
@@ -145,12 +169,7 @@ class _Runner:
     ) -> None:
         self.study, self.card, self.protocol, self.options, self.console = study, card, protocol, options, console
         self.smoke = options.scale == "smoke"
-        overrides: dict[str, Setting] = {}
-        if self.smoke:
-            overrides |= protocol.smoke
-        if options.scale == "paper":
-            overrides |= protocol.paper
-        self.overrides = overrides | dict(options.overrides)
+        self.overrides = {**(protocol.smoke if self.smoke else {}), **options.overrides}
         self.fingerprint = study_fingerprint(study)
         self.commit = commit_of(__file__)
         count = options.seeds or (SMOKE_SEEDS if self.smoke else protocol.seeds)
@@ -170,10 +189,13 @@ class _Runner:
                 evaluated = self._evaluate()
         finally:
             self.store.close()
+        if self.smoke:
+            self._raise_failures(evaluated)
         worst = self.protocol.worst
         seeds = [Seed(s, {arm: evaluated[arm][s] for arm in evaluated}, worst) for s in self.seeds]
         values = self._values(seeds)
-        verdicts = {} if self.smoke else judge_claims(self.study, self.card, seeds)
+        judged = self.options.scale == "laptop"
+        verdicts = judge_claims(self.study, self.card, seeds) if judged else {}
         arms = {
             name: ArmRecord(arm, self._settings(arm), self._history(arm), [evaluated[name][s] for s in self.seeds])
             for name, arm in self.protocol.arms.items()
@@ -260,6 +282,14 @@ class _Runner:
             found[name][seed] = self.outcomes.get(trial.key)
         return found
 
+    @staticmethod
+    def _raise_failures(evaluated: Mapping[str, Mapping[int, Outcome | None]]) -> None:
+        """Smoke exists to find what does not run; elsewhere a failed trial is recorded and told."""
+        for name, by_seed in evaluated.items():
+            for seed, outcome in by_seed.items():
+                if outcome is not None and outcome.status == "failed":
+                    raise StudyError(f"smoke: the trial of arm {name!r}, seed {seed}, failed:\n{outcome.error}")
+
     def _run(self, trials: Sequence[Trial]) -> list[Outcome | None]:
         outcomes = run_trials(
             trials,
@@ -283,8 +313,7 @@ class _Runner:
                     if claim.id in self.study.regimes:
                         self.study.regimes[claim.id](seeds)
                 except MissingTrial:
-                    if self.smoke:
-                        raise
+                    continue  # the verdict says which trial it needs
         if self.smoke:
             for name, cases in self.study.exact.items():
                 if not cases():
@@ -292,6 +321,11 @@ class _Runner:
         return found
 
 
-def default_workers() -> int:
-    """One process a core that this process may use."""
+def default_workers(scale: str = "laptop") -> int:
+    """One process a core that this process may use; at paper scale one a GPU, where there is one."""
+    if scale == "paper":
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.device_count()
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,9 +13,13 @@ import optuna
 from .space import Choice, Range, Space, parse_space
 from .trial import FIRST_EVALUATION_SEED, Outcome, Setting, Trial
 
-__all__ = ["Choice", "Range", "Space", "Tuned", "parse_space", "seconds_left", "tune_arms"]
+__all__ = ["Choice", "Range", "Space", "Tuned", "TuningError", "mean_score", "parse_space", "seconds_left", "tune_arms"]
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+class TuningError(RuntimeError):
+    """No configuration of an arm could be run."""
 
 
 @dataclass
@@ -67,7 +71,7 @@ def tune_arms(
 
     Raises:
         ValueError: for rounds < 1, a seed that belongs to evaluation, or a trial without the metric `score`.
-        RuntimeError: if no configuration of an arm could be run, with the last traceback.
+        TuningError: if no configuration of an arm could be run, with the last traceback.
     """
     budget = dict.fromkeys(spaces, rounds) if isinstance(rounds, int) else dict(rounds)
     scores = dict.fromkeys(spaces, score) if isinstance(score, str) else dict(score)
@@ -125,7 +129,7 @@ class _Search:
         finished = [(s, settings) for settings, s in self.history if s is not None]
         if not finished:
             why = f"the last error was:\n{self.error}" if self.error else "time ran out before the first was done"
-            raise RuntimeError(f"no configuration of arm {arm!r} could be run; {why}")
+            raise TuningError(f"no configuration of arm {arm!r} could be run; {why}")
         value, settings = max(finished, key=lambda pair: pair[0])
         return Tuned(settings, value, self.history)
 

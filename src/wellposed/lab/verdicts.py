@@ -62,7 +62,7 @@ class Contrast:
         values: one a seed; positive is as the paper says.
         interval: at the level of support.
         refuting: at the level of refutation, wider where a claim has several contrasts.
-        p: exact sign-flip p value of "the values are symmetric around the margin".
+        p: sign-flip p value of "the values are symmetric around the margin"; the larger one where there are two margins.
     """
 
     name: str
@@ -115,11 +115,12 @@ def judge_effect(
     Args:
         values: one list a contrast, one value a seed, paired across contrasts.
         margin: the smallest value that would still support the paper, >= 0.
-        conditions: the regime.
+        conditions: the regime; an effect that is there although they fail is supported, and the qualifier says so.
         level: of the claim.
 
     Raises:
-        ValueError: for no contrast, fewer than two seeds, values that are not finite, or a negative margin.
+        ValueError: for no contrast, contrasts of different lengths, fewer than two seeds, values that are not finite,
+            or a margin that is negative or not finite.
 
     Example:
         >>> judge_effect({"": [2.0, 2.1, 1.9, 2.2, 2.0, 1.8]}, margin=1.0).word
@@ -128,9 +129,9 @@ def judge_effect(
         >>> v.word, v.qualifier
         ('refuted', 'smaller than claimed')
     """
-    if margin < 0:
-        raise ValueError(f"judge_effect: margin must be >= 0, got {margin}")
-    contrasts = _contrasts(values, margin, level)
+    if not 0 <= margin < math.inf:
+        raise ValueError(f"judge_effect: margin must be >= 0 and finite, got {margin}")
+    contrasts = _contrasts(values, [margin], level)
     regime = all(condition.holds for condition in conditions)
     found = {"contrasts": contrasts, "level": level, "conditions": tuple(conditions)}
     if all(_above(c, margin, level) for c in contrasts):
@@ -138,7 +139,8 @@ def judge_effect(
     refuting = simultaneous_level(len(contrasts), level)
     below = [c for c in contrasts if _below(c, margin, refuting)]
     if below and regime:
-        return Verdict("refuted", _size(min(below, key=lambda c: c.refuting.high)), **found)  # type: ignore[arg-type]
+        lowest = min(below, key=lambda c: c.refuting.high)
+        return Verdict("refuted", _size(lowest, refuting), **found)  # type: ignore[arg-type]
     return Verdict("inconclusive", "" if regime else "regime not reached", **found)  # type: ignore[arg-type]
 
 
@@ -151,8 +153,9 @@ def judge_equivalence(
 ) -> Verdict:
     """Verdict on "every contrast lies within (-margin, margin)", or above -margin for non-inferiority.
 
-    Supported where every interval lies inside, refuted where the regime holds and one lies wholly outside, else
-    inconclusive; the sign-flip test must agree at each bound that is used.
+    Supported where the regime holds and every interval lies inside, refuted where it holds and one lies wholly
+    outside, else inconclusive; the sign-flip test must agree at each bound that is used. Unlike an effect, an
+    equivalence says nothing where the phenomenon does not exist: nothing is lost where there is nothing to lose.
 
     Raises:
         ValueError: as `judge_effect`; the margin must be > 0.
@@ -161,19 +164,21 @@ def judge_equivalence(
         >>> judge_equivalence({"": [0.1, -0.1, 0.0, 0.1, -0.1, 0.05]}, margin=1.0).word
         'supported'
     """
-    if not margin > 0:
-        raise ValueError(f"judge_equivalence: margin must be > 0, got {margin}")
-    contrasts = _contrasts(values, -margin, level)
+    if not 0 < margin < math.inf:
+        raise ValueError(f"judge_equivalence: margin must be > 0 and finite, got {margin}")
+    contrasts = _contrasts(values, [-margin] if non_inferiority else [-margin, margin], level)
     regime = all(condition.holds for condition in conditions)
     found = {"contrasts": contrasts, "level": level, "conditions": tuple(conditions)}
+    if not regime:
+        return Verdict("inconclusive", "regime not reached", **found)  # type: ignore[arg-type]
     if all(_above(c, -margin, level) and (non_inferiority or _below(c, margin, level)) for c in contrasts):
-        return Verdict("supported", "" if regime else "regime not reached", **found)  # type: ignore[arg-type]
+        return Verdict("supported", **found)  # type: ignore[arg-type]
     refuting = simultaneous_level(len(contrasts), level)
     under = any(_below(c, -margin, refuting) for c in contrasts)
     over = not non_inferiority and any(_above(c, margin, refuting) for c in contrasts)
-    if (under or over) and regime:
+    if under or over:
         return Verdict("refuted", "below the margin" if under else "above the margin", **found)  # type: ignore[arg-type]
-    return Verdict("inconclusive", "" if regime else "regime not reached", **found)  # type: ignore[arg-type]
+    return Verdict("inconclusive", **found)  # type: ignore[arg-type]
 
 
 def judge_exact(cases: Sequence[Case]) -> Verdict:
@@ -205,11 +210,14 @@ def secondary_level(claims: int) -> float:
     return simultaneous_level(claims, LEVEL)
 
 
-def _contrasts(values: Mapping[str, Sequence[float]], bound: float, level: float) -> tuple[Contrast, ...]:
+def _contrasts(values: Mapping[str, Sequence[float]], bounds: Sequence[float], level: float) -> tuple[Contrast, ...]:
     if not values:
         raise ValueError("a claim needs at least one contrast")
     if any(len(v) < 2 for v in values.values()):
         raise ValueError("a claim is judged on at least two seeds")
+    if len({len(v) for v in values.values()}) > 1:
+        lengths = {name: len(v) for name, v in values.items()}
+        raise ValueError(f"all contrasts of a claim need the same seeds, got so many values: {lengths}")
     refuting = simultaneous_level(len(values), level)
     return tuple(
         Contrast(
@@ -217,7 +225,7 @@ def _contrasts(values: Mapping[str, Sequence[float]], bound: float, level: float
             tuple(float(v) for v in column),
             mean_interval(column, level),
             mean_interval(column, refuting),
-            sign_flip_p([float(v) - bound for v in column]),
+            max(sign_flip_p([float(v) - bound for v in column]) for bound in bounds),
         )
         for name, column in values.items()
     )
@@ -235,8 +243,7 @@ def _flips(contrast: Contrast, bound: float, level: float) -> bool:
     return sign_flip_p([v - bound for v in contrast.values]) <= (1 - level) * (1 + 1e-9)
 
 
-def _size(contrast: Contrast) -> str:
-    low, high = contrast.refuting.low, contrast.refuting.high
-    if high < 0:
+def _size(contrast: Contrast, level: float) -> str:
+    if _below(contrast, 0.0, level):
         return "reversed"
-    return "absent" if low <= 0 else "smaller than claimed"
+    return "smaller than claimed" if _above(contrast, 0.0, level) else "absent"

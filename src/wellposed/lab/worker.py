@@ -40,23 +40,28 @@ def _leave_with(driver: int) -> None:
     os._exit(1)
 
 
-def run_one(function: TrialFunction, trial: Trial, marks: Path | None = None) -> tuple[str, Outcome]:
+def run_one(
+    function: TrialFunction, trial: Trial, marks: Path | None = None, in_driver: bool | None = None
+) -> tuple[str, Outcome]:
     """Run one trial in this process; never raises, except KeyboardInterrupt in the driver itself.
 
     Args:
         function: runs the trial.
         trial: what to run.
         marks: folder of a worker process: holds a file named after the trial for as long as it runs, so that the
-            driver can tell whom the death of a worker concerns. None where the trial runs in the driver.
+            driver can tell whom the death of a worker concerns.
+        in_driver: whether this process is the driver; None: it is, unless there are marks.
 
     Returns:
         The trial's key and its outcome.
     """
+    in_driver = marks is None if in_driver is None else in_driver
     mark = None if marks is None else marks / trial.key
     if mark is not None:
         mark.touch()
+    if not in_driver:
         _one_thread()
-    outcome = _guarded(function, trial, in_driver=marks is None)
+    outcome = _guarded(function, trial, in_driver)
     if mark is not None:
         with contextlib.suppress(OSError):
             mark.unlink(missing_ok=True)

@@ -31,6 +31,7 @@ class Claim:
         margin: smallest value that would still support the claim; None for exact and scale.
         reason: of the margin.
         regime: what must hold for the baseline, so that the phenomenon exists here.
+        unit: of the estimand: "points", "log ratio", ...
         non_inferiority: of an equivalence: only the lower bound counts.
         command: of a scale claim: what would test it, where the data and the machines are.
     """
@@ -43,6 +44,7 @@ class Claim:
     margin: float | None = None
     reason: str = ""
     regime: str = ""
+    unit: str = ""
     non_inferiority: bool = False
     command: str = ""
 

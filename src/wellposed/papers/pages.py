@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from .arms import load_arms
 from .catalogue import Card, load_cards
 from .terminal import verdict_line
+from .verdicts import expected_wrong, load_verdicts, verdict_sentence
 
 BEGIN, END = "<!-- papers:begin -->", "<!-- papers:end -->"
 _GENERATED = "<!-- generated from src/wellposed/papers by `make docs`; change it there -->\n"
@@ -24,7 +26,7 @@ def pages(root: Path) -> dict[Path, str]:
     found = {root / "docs" / "methods" / f"{slug}.md": method_page(card) for slug, card in cards.items()}
     found[root / "docs" / "methods" / "index.md"] = index_page(cards)
     readme = root / "README.md"
-    found[readme] = with_table(readme.read_text("utf-8"), table(cards, "docs/methods/"))
+    found[readme] = with_table(readme.read_text("utf-8"), table(cards, "docs/methods/", "docs/verdicts.md"))
     return found
 
 
@@ -73,6 +75,8 @@ def method_page(card: Card) -> str:
             estimand = f" Estimand: {claim.estimand}." if claim.estimand else ""
             lines.append(f"- **{claim.id}**{mark}, {claim.kind}. {claim.statement}{estimand}{margin}{regime}")
         lines.append("")
+    if card.protocol:
+        lines += _protocol(card)
     extra = [
         ("Peers", ", ".join(card.peers)),
         ("Reference code", card.reference_code),
@@ -86,19 +90,57 @@ def index_page(cards: dict[str, Card]) -> str:
     """Markdown of the index, with the acronyms people search for."""
     known = sorted((acronym, card.slug) for card in cards.values() for acronym in card.acronyms)
     acronyms = " · ".join(f"[{acronym}]({slug}.md)" for acronym, slug in known)
-    return f"{_GENERATED}\n# The methods\n\n{table(cards, '')}\n\n## By acronym\n\n{acronyms}\n"
+    return f"{_GENERATED}\n# The methods\n\n{table(cards, '', '../verdicts.md')}\n\n## By acronym\n\n{acronyms}\n"
 
 
-def table(cards: dict[str, Card], folder: str) -> str:
+def table(cards: dict[str, Card], folder: str, verdicts: str) -> str:
     """Markdown table of all papers, the built ones first."""
     ordered = sorted(cards.values(), key=lambda card: (card.status != "built", card.acts_on, card.slug))
-    rows = ["| paper | acts on | use it when | status |", "|---|---|---|---|"]
+    rows = ["| paper | acts on | use it when | primary claim, and what we found |", "|---|---|---|---|"]
     for card in ordered:
-        status = verdict_line(card) if card.status == "built" else "planned"
+        found = _finding(card) if card.status == "built" else "planned"
         rows.append(
-            f"| [{card.name}]({folder}{card.slug}.md), {_arxiv(card)} | {card.acts_on} | {card.use_when} | {status} |"
+            f"| [{card.name}]({folder}{card.slug}.md), {_arxiv(card)} | {card.acts_on} | {card.use_when} | {found} |"
         )
+    if load_verdicts():
+        rows += ["", f"{expected_wrong(load_verdicts())} [How verdicts are drawn]({verdicts})."]
     return "\n".join(rows)
+
+
+def _finding(card: Card) -> str:
+    """The primary claim with its verdict, for a cell of the table."""
+    line = load_verdicts().get(card.slug)
+    if line is None:
+        return verdict_line(card)
+    sentence = verdict_sentence(line, line["scale"], line["seeds"])
+    return f"{line['statement']} **{sentence[0].upper()}{sentence[1:]}**"
+
+
+def _protocol(card: Card) -> list[str]:
+    """What the study registers: problem, budgets and arms."""
+    table = card.protocol
+    lines = ["## Protocol of the study\n"]
+    lines.append(f"{table['problem']}. A seed re-draws {table['redraws']}.\n")
+    lines.append(
+        f"{table['seeds']} evaluation seeds; {table['tuning_rounds']} tuning trials an arm, each on {table['tuning_seeds']} seeds "
+        f"of their own; tuning maximises {table['score']}. Run it: `wellposed run {card.slug}`.\n"
+    )
+    shared = ", ".join(f"`{name}` {_range(part)}" for name, part in table.get("shared", {}).items())
+    lines.append(f"Knobs of every tuned arm: {shared or 'none'}.\n")
+    lines += ["| arm | role | own knobs |", "|---|---|---|"]
+    for arm in table["arms"]:
+        own = ", ".join(f"`{name}` {_range(part)}" for name, part in arm.get("search", {}).items())
+        if not own:
+            base = arm.get("trials_of") or arm.get("settings_of")
+            own = f"as tuned for `{base}`" if base else "fixed" if arm.get("shared") is False else "none"
+        lines.append(f"| {arm.get('label', arm['name'])} | {arm.get('role', 'baseline')} | {own} |")
+    return [*lines, ""]
+
+
+def _range(part: dict[str, Any]) -> str:
+    if "choices" in part:
+        return "in {" + ", ".join(str(choice) for choice in part["choices"]) + "}"
+    return f"[{part['low']:g}, {part['high']:g}]" + (" log" if part.get("log") else "")
 
 
 def with_table(text: str, new: str) -> str:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from .arms import load_arms
 from .catalogue import Card
+from .verdicts import load_verdicts, verdict_sentence
 
 
 def print_papers(cards: list[Card], console: Console) -> None:
@@ -43,6 +40,9 @@ def print_card(card: Card, console: Console) -> None:
         ("try first", card.try_first),
     ):
         say(f"[bold]{title:<12}[/bold] {escape(text)}")
+    primary = next((claim for claim in card.claims if claim.primary), None)
+    if primary is not None:
+        say(f"[bold]{'claim':<12}[/bold] {escape(primary.statement)}")
     say(f"[bold]{'verdict':<12}[/bold] {escape(verdict_line(card))}")
     if card.status == "planned":
         say(f"[bold]{'status':<12}[/bold] planned: not built yet")
@@ -52,21 +52,19 @@ def print_card(card: Card, console: Console) -> None:
     names = [arm.name for arm in load_arms() if arm.paper == card.slug]
     if names:
         say(f"[bold]{'try it':<12}[/bold] wellposed compare DATA --methods {','.join(names)}")
+    if card.protocol:
+        cost = f"        cost: {card.cost}" if card.cost else ""
+        say(f"[bold]{'run it':<12}[/bold] wellposed run {card.slug}{escape(cost)}")
     say(f"[bold]{'read it':<12}[/bold] docs/methods/{card.slug}.md")
 
 
-def verdict_line(card: Card, results: Path = Path("results")) -> str:
+def verdict_line(card: Card) -> str:
     """The verdict on the primary claim, or that there is none yet."""
-    path = results / f"{card.slug}.json"
-    primary = next((claim for claim in card.claims if claim.primary), None)
-    if not path.is_file():
+    line = load_verdicts().get(card.slug)
+    if line is None:
         return "none yet: its study has not been run"
-    ledger: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    claim = next((c for c in ledger["claims"] if primary is not None and c["id"] == primary.id), None)
-    if claim is None:
-        return "none yet"
-    low, high = claim["interval"]
-    return f"{claim['verdict']} at {ledger['scale']} scale: {claim['estimate']:+.2f} [{low:+.2f}, {high:+.2f}] ({ledger['date']})"
+    sentence = verdict_sentence(line, line["scale"], line["seeds"])
+    return f"{sentence} ({line['date']})"
 
 
 def _authors(card: Card) -> str:

@@ -286,9 +286,8 @@ def _gradient_case(name: str, logits: Tensor, memory: Tensor, label: int, streng
     loss = F.cross_entropy(z, torch.tensor([label])) + strength * early_learning_penalty(z, memory, clamp=None).sum()
     (found,) = torch.autograd.grad(loss, z)
     p = logits.softmax(-1)
-    agreement = (p * memory).sum()
-    # 1 - <p, t> without cancellation, since p sums to 1.
-    g = p * (agreement - memory) / (p * (1 - memory)).sum()
+    # As p sums to 1: <p, t> - t_c = sum_k (t_k - t_c) p_k and 1 - <p, t> = sum_k (1 - t_k) p_k, without cancellation.
+    g = p * ((memory[:, None, :] - memory[:, :, None]) * p[:, None, :]).sum(-1) / (p * (1 - memory)).sum()
     expected = p - F.one_hot(torch.tensor([label]), logits.shape[1]) + strength * g
     return Case(name, float((found - expected).abs().max()), 1e-12)
 

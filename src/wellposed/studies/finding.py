@@ -26,8 +26,12 @@ def studied_papers() -> list[str]:
     return [slug for slug in load_cards() if find_spec(_module(slug)) is not None]
 
 
-def find_study(slug: str) -> Study:
+def find_study(slug: str, scale: str = "laptop") -> Study:
     """The study of a paper, by slug or acronym.
+
+    Args:
+        slug: of the paper.
+        scale: "paper" finds the published configuration, any other the study whose claims are judged.
 
     Raises:
         UnknownPaper: for a paper that is not in the catalogue.
@@ -38,8 +42,11 @@ def find_study(slug: str) -> Study:
         raise UnknownStudy(
             f"'{card.slug}' has no study yet (status: {card.status}). Studies: {', '.join(studied_papers())}"
         )
-    return cast("Study", import_module(_module(card.slug)).STUDY)
+    module = _module(card.slug, "published." if scale == "paper" else "")
+    if find_spec(module) is None:
+        raise UnknownStudy(f"'{card.slug}' has no published configuration written down yet")
+    return cast("Study", import_module(module).STUDY)
 
 
-def _module(slug: str) -> str:
-    return f"{__package__}.{slug.replace('-', '_')}"
+def _module(slug: str, room: str = "") -> str:
+    return f"{__package__}.{room}{slug.replace('-', '_')}"
