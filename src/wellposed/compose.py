@@ -107,6 +107,6 @@ class Compose(Regularizer):
 
     def finish(self, model: nn.Module) -> nn.Module:
         # Stable, so that both kinds keep the reverse order.
-        for regularizer in sorted(reversed(list(self)), key=lambda r: type(r).attach is not Regularizer.attach):
+        for regularizer in sorted(list(self)[::-1], key=lambda r: type(r).attach is not Regularizer.attach):
             model = regularizer.finish(model)
         return model

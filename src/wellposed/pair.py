@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .batching import Paired, call_model
 
@@ -54,6 +55,9 @@ def _average(first: Any, second: Any) -> Any:
 def reinitialized(model: nn.Module, generator: torch.Generator | None = None) -> nn.Module:
     """A copy of `model` with the same structure and fresh parameters, drawn by each module's `reset_parameters`.
 
+    Where a weight is parametrised (`torch.nn.utils.parametrize`), the weight itself is drawn anew, and what lies under it
+    follows by the parametrisation's inverse; parameters of the parametrisation itself are copied.
+
     Args:
         model: the network to copy.
         generator: seeds the draw; None draws from torch's global random state.
@@ -70,7 +74,8 @@ def reinitialized(model: nn.Module, generator: torch.Generator | None = None) ->
     twin = copy.deepcopy(model)
     for name, module in twin.named_modules():
         own = [key for key, _ in module.named_parameters(recurse=False)]
-        if own and not callable(getattr(module, "reset_parameters", None)):
+        inside = ".parametrizations." in f".{name}."  # drawn with the module that is parametrised
+        if own and not inside and not callable(getattr(module, "reset_parameters", None)):
             where = f"{name}.{own[0]}" if name else own[0]
             raise ValueError(
                 f"reinitialized: parameter {where!r} belongs to {type(module).__name__}, which has no "
@@ -81,6 +86,26 @@ def reinitialized(model: nn.Module, generator: torch.Generator | None = None) ->
         if seed is not None:
             torch.manual_seed(seed)
         for module in twin.modules():
-            if callable(reset := getattr(module, "reset_parameters", None)):
+            if parametrize.is_parametrized(module):
+                _reset_parametrized(module)
+            elif callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
     return twin
+
+
+@torch.no_grad()
+def _reset_parametrized(module: nn.Module) -> None:
+    """Draw on a plain copy: in place on a parametrised weight the draw would be lost."""
+    plain = copy.deepcopy(module)
+    names = list(module.parametrizations)  # type: ignore[arg-type]
+    # Not remove_parametrizations: it takes the weight's property from the class, which the copy shares.
+    plain.__class__ = type(module).__bases__[0]
+    del plain._modules["parametrizations"]
+    for name in names:
+        plain.register_parameter(name, nn.Parameter(getattr(module, name).detach().clone()))
+    plain.reset_parameters()  # type: ignore[operator]
+    for name, value in plain.named_parameters(recurse=False):
+        if name in names:
+            setattr(module, name, value.detach())  # by way of the inverse
+        else:
+            module.get_parameter(name).copy_(value)

@@ -89,7 +89,14 @@ def test_a_damaged_file_is_named(tmp_path):
 
 def test_the_summary_holds_the_primary_verdict_alone(entry):
     line = summary({"invented": entry})["invented"]
-    assert (line["id"], line["verdict"], line["seeds"], line["contrasts"]) == ("gains", "supported", 8, 2)
+    assert (line["id"], line["verdict"]) == ("gains", "supported")
+    assert line["sentence"].startswith("supported at laptop scale: +") and "8 seeds" in line["sentence"]
+
+
+def test_figures_and_curves_stay_out_of_the_ledger(record, tmp_path):
+    with_figures = {**record, "figures": [{"title": "t", "caption": "c", "svg": "<svg></svg>"}]}
+    text = export(with_figures, tmp_path).read_text()
+    assert "svg" not in text and "curves" not in text and "history" not in text
 
 
 def test_a_replay_that_agrees_makes_a_stale_entry_current(entry):

@@ -158,10 +158,16 @@ def test_no_gradient_flows_through_the_selection():
 
 
 # ── as a method ───────────────────────────────────────────────────────────────────────────────────────────────────
+def normalised_network(seed):
+    """With BatchNorm, so that it matters whether examples are judged in evaluation mode."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 4))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_one_optimizer_of_the_pair_equals_two_optimizers(mode):
-    pair = train(CoTeaching(0.25, 2, mode), epochs=3)
-    a, b = smooth_network(), smooth_network(77)
+    pair = train(CoTeaching(0.25, 2, mode), Pair(normalised_network(0), normalised_network(77)), epochs=3)
+    a, b = normalised_network(0), normalised_network(77)
     first, second = SGD(a.parameters()), SGD(b.parameters())
     batches = loader()
     for epoch in range(3):
@@ -171,6 +177,7 @@ def test_one_optimizer_of_the_pair_equals_two_optimizers(mode):
             co_teaching_step(a, b, first, second, batch.inputs, batch.targets, rate, mode=mode)
     torch.testing.assert_close(flat(pair.a), flat(a), rtol=0, atol=1e-6)
     torch.testing.assert_close(flat(pair.b), flat(b), rtol=0, atol=1e-6)
+    torch.testing.assert_close(pair.a[1].running_mean, a[1].running_mean, rtol=0, atol=1e-6)
 
 
 def test_with_rate_zero_full_co_teaching_is_plain_training_of_both():

@@ -15,9 +15,11 @@ from ..papers.catalogue import Card
 from .files import write_atomically
 from .record import claims_by_id, ledger_entry, seeds_of, verdict_entry
 from .study import Study, judge_claims, protocol_of
+from .study_words import labels_of, verdict_sentence
 
+_SUMMARY = ("id", "statement", "verdict", "qualifier")
 SCHEMA_FILE = "ledger.schema.json"
-_REGISTERED = ("kind", "primary", "statement", "unit", "margin")
+_REGISTERED = ("kind", "primary", "statement", "unit", "margin", "non_inferiority")
 
 
 class LedgerError(ValueError):
@@ -155,14 +157,8 @@ def summary(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
     for slug, entry in sorted(entries.items()):
         claim = next((c for c in entry["claims"] if c["primary"]), None)
         if claim is not None:
-            kept = ("id", "statement", "unit", "verdict", "qualifier", "estimate", "interval", "weakest", "margin")
-            lines[slug] = {
-                "scale": entry["scale"],
-                "date": entry["date"],
-                "seeds": len(entry["seeds"]),
-                "contrasts": len(claim.get("contrasts", {})),
-                **{key: claim[key] for key in kept if key in claim},
-            }
+            sentence = verdict_sentence(claim, entry["scale"], entry["seeds"], labels_of(entry))
+            lines[slug] = {"date": entry["date"], "sentence": sentence, **{key: claim[key] for key in _SUMMARY}}
     return lines
 
 

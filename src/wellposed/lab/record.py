@@ -82,7 +82,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 def ledger_entry(record: Mapping[str, Any]) -> dict[str, Any]:
     """What `results/SLUG.json` keeps of a record: no curves, no tuning history, nothing that the machine's owner typed."""
-    kept = {k: v for k, v in record.items() if k not in ("command", "headline", "as_registered")}
+    kept = {k: v for k, v in record.items() if k not in ("command", "headline", "as_registered", "figures")}
     kept["arms"] = {
         name: {
             **{k: v for k, v in arm.items() if k not in ("curves", "errors")},
@@ -151,6 +151,7 @@ def claim_entry(run: StudyRun, claim: Claim) -> dict[str, Any]:
         "statement": claim.statement,
         "unit": claim.unit,
         "margin": claim.margin,
+        "non_inferiority": claim.non_inferiority,
         "verdict": "not judged",
         "qualifier": "",
     }

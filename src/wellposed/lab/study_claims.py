@@ -145,7 +145,7 @@ def _forest(
     words = "tinted: as claimed" if two_sided else "right of the margin: as claimed"
     title = f"Claim {entry['id']}: {len(names)} comparison{'s' if len(names) > 1 else ''} with intervals and margin"
     x_label = f"{unit} ({words})" if unit else words
-    return estimate_plot(rows, x_label, title, narrow, claimed, style.form)
+    return estimate_plot(rows, x_label, title, narrow, claimed, style.form, key=f"claim{entry['id']}")
 
 
 def _row(entry: Mapping[str, Any], name: str, labels: Mapping[str, str], style: NumberStyle) -> EstimateRow:

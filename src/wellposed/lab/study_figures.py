@@ -75,6 +75,7 @@ def estimate_plot(
     claimed: Claimed | None = None,
     form: Form = "plain",
     align: Sequence[EstimateRow] = (),
+    key: str = "",
 ) -> str:
     """Rows of estimates, each with its interval, its seeds as faint dots below it, and its numbers.
 
@@ -86,6 +87,7 @@ def estimate_plot(
         claimed: a tinted region with its bounds, and a line at 0.
         form: "percent" or "factor": the numbers are log ratios, and the axis says what ratios they are.
         align: rows of all plots whose axes shall begin and end at the same places.
+        key: letters and digits that no other plot of the page has; the title by default.
 
     Returns:
         An `<svg>` element.
@@ -106,13 +108,13 @@ def estimate_plot(
         axes.set_yticks([])
         _set_ticks(axes, limits, form, 4 if narrow else 6)
         if claimed is not None:
-            # On a phone labels stand above the rows, where a line through all of them would cross the words.
-            spans = [(y - 0.14, y + 0.1) for y in places] if narrow else [(0, top)]
+            # No line through words: on a phone labels stand above the rows, and the bound's own words at the top.
+            spans = [(y - 0.14, y + 0.1) for y in places] if narrow else [(0, top - 0.16 * bool(claimed.text))]
             _draw_claimed(axes, claimed, limits, spans)
         for y, row in zip(places, rows, strict=True):
             _draw_row(axes, y, row, limits)
             _words(axes, y, row, narrow)
-        return to_svg(figure, title, f"rows{narrow:d}{title}")
+        return to_svg(figure, title, f"rows{narrow:d}{key or title}")
 
 
 def _places(rows: Sequence[EstimateRow], narrow: bool) -> tuple[list[float], float]:
@@ -143,7 +145,7 @@ def _set_ticks(axes: Axes, limits: tuple[float, float], form: Form, count: int) 
         ratios = [
             1 + place / 100 for place in MaxNLocator(count, steps=steps).tick_values(100 * (low - 1), 100 * (high - 1))
         ]
-        words = [f"{100 * (ratio - 1):+.4g}".replace("-", "−").replace("+0", "0") for ratio in ratios]
+        words = [f"{100 * (ratio - 1):+.4g}".replace("-", "−") if ratio != 1 else "0" for ratio in ratios]
     else:
         ratios = [float(place) for place in LogLocator(10, (1, 2, 5), numticks=2 * count).tick_values(low, high)]
         words = [f"{ratio:g}×" for ratio in ratios]
@@ -218,7 +220,7 @@ def _wrapped(row: EstimateRow, narrow: bool) -> list[str]:
     room = max(16, _NARROW_LINE - len(row.numbers)) if narrow else _LONGEST_LABEL
     if not narrow and len(text) > room:
         room = max(room // 2, min(room, len(text) // 2 + 5))  # two lines of about the same length
-    return textwrap.wrap(text, room)[: 3 if narrow else 2] or [""]
+    return textwrap.wrap(text, room, break_on_hyphens=False)[: 3 if narrow else 2] or [""]
 
 
 def _words(axes: Axes, y: float, row: EstimateRow, narrow: bool) -> None:
@@ -230,11 +232,8 @@ def _words(axes: Axes, y: float, row: EstimateRow, narrow: bool) -> None:
     }  # fmt: skip
     size = 9.0 if narrow else 9.5 if len(lines) == 1 else 8.3
     # Above the row the last line lies lowest; beside it the lines are centred.
-    heights = (
-        [8 + 11 * n for n in range(len(lines))][::-1]
-        if narrow
-        else [5 * (len(lines) - 1) - 10 * n for n in range(len(lines))]
-    )
+    count = len(lines)
+    heights = [8 + 11 * (count - 1 - n) if narrow else 5 * (count - 1) - 10 * n for n in range(count)]
     for line, height in zip(lines, heights, strict=True):
         place = ((0, height), "left", "bottom") if narrow else ((-8, height), "right", "center")
         axes.annotate(line, (0, y), place[0], ha=place[1], va=place[2], fontsize=size, **label, **common)

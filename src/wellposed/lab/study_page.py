@@ -96,25 +96,21 @@ def _dots(
     """A plot a group, wide and narrow: groups are problems of their own, each with an axis of its own."""
     decimals = arm_decimals([line for _, lines in groups for line in lines])
     published = record.get("paper", {}).get("published", {})
-    rows = {name: [_dot(line, decimals, published.get(line.name)) for line in lines] for name, lines in groups}
-    align = [row for found in rows.values() for row in found]
-    return [
-        (
-            name,
-            [
-                figure(estimate_plot(found, label, f"Arms by {label} {name}", narrow, align=align))
-                for narrow in (False, True)
-            ],
-        )
-        for name, found in rows.items()
-    ]
+    rows = [(name, [_dot(line, decimals, published.get(line.name)) for line in lines]) for name, lines in groups]
+    align = [row for _, found in rows for row in found]
+
+    def draw(number: int, narrow: bool) -> Any:
+        name, found = rows[number]
+        return figure(estimate_plot(found, label, f"Arms by {label} {name}", narrow, align=align, key=f"arms{number}"))
+
+    return [(name, [draw(number, narrow) for narrow in (False, True)]) for number, (name, _) in enumerate(rows)]
 
 
 def _dot(line: ArmLine, decimals: int, published: float | None) -> EstimateRow:
     assert line.mean is not None
-    mean = line.mean
-    ends = (mean.estimate, mean.low, mean.high) if line.judged else (mean.estimate,) * 3
-    return EstimateRow(line.label, line.values, ends, typeset(line.score(decimals)), line.role, published)  # type: ignore[arg-type]
+    low, high = (line.mean.low, line.mean.high) if line.judged else (line.mean.estimate, line.mean.estimate)
+    ends = (line.mean.estimate, low, high)
+    return EstimateRow(line.label, line.values, ends, typeset(line.score(decimals)), line.role, published)
 
 
 def _arm_table(
@@ -132,7 +128,6 @@ def _arm_table(
                     "role": line.role,
                     "score": typeset(line.score(decimals)),
                     "trouble": line.trouble(seeds),
-                    "values": [typeset(f"{value:.{decimals}f}") for value in line.values],
                 }
                 for line in found
             ],

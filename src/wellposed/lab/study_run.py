@@ -202,9 +202,13 @@ class _Runner:
         }
         return StudyRun(
             self.study, self.card, self.protocol, self.options, self.seeds, arms, verdicts, values, self.fingerprint,
-            self.commit, machine(), datetime.date.today().isoformat(), time.monotonic() - started,
+            self._commits(), machine(), datetime.date.today().isoformat(), time.monotonic() - started,
             sum(outcome.seconds for outcome in self.outcomes.values()),
         )  # fmt: skip
+
+    def _commits(self) -> str | None:
+        """The commits under which the trials ran: a run that was continued may have several."""
+        return ", ".join(sorted({o.commit for o in self.outcomes.values() if o.commit})) or None
 
     def _waves(self) -> list[list[StudyArm]]:
         """Arms to tune, those that build on another's tuned settings after it."""

@@ -105,12 +105,13 @@ def _missed_regimes(claims: list[tuple[dict[str, Any], Claim]]) -> list[str]:
         for condition in entry.get("regime", []):
             if not condition["holds"]:
                 value = "no number" if condition["value"] is None else f"{condition['value']:.3g}"
-                missed[condition["text"]] = typeset(value)
-    return [f"The phenomenon. Asked was: {text}; found was {value}." for text, value in missed.items()]
+                missed[condition["text"]] = value
+    return [typeset(f"The phenomenon. Asked was: {text}; found was {value}.") for text, value in missed.items()]
 
 
 def _close(claims: list[tuple[dict[str, Any], Claim]]) -> str:
-    open_ = [entry["id"] for entry, _ in claims if entry["verdict"] == "inconclusive" and deciding(entry) is not None]
+    judged = [entry for entry, _ in claims if entry["verdict"] == "inconclusive" and not entry["qualifier"]]
+    open_ = [entry["id"] for entry in judged]
     if not open_:
         return ""
     return (

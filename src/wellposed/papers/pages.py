@@ -10,7 +10,7 @@ from typing import Any
 from .arms import load_arms
 from .catalogue import Card, load_cards
 from .terminal import verdict_line
-from .verdicts import expected_wrong, load_verdicts, verdict_sentence
+from .verdicts import expected_wrong, load_verdicts
 
 BEGIN, END = "<!-- papers:begin -->", "<!-- papers:end -->"
 _GENERATED = "<!-- generated from src/wellposed/papers by `make docs`; change it there -->\n"
@@ -112,7 +112,7 @@ def _finding(card: Card) -> str:
     line = load_verdicts().get(card.slug)
     if line is None:
         return verdict_line(card)
-    sentence = verdict_sentence(line, line["scale"], line["seeds"])
+    sentence = line["sentence"]
     return f"{line['statement']} **{sentence[0].upper()}{sentence[1:]}**"
 
 

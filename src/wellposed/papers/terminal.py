@@ -8,7 +8,7 @@ from rich.table import Table
 
 from .arms import load_arms
 from .catalogue import Card
-from .verdicts import load_verdicts, verdict_sentence
+from .verdicts import load_verdicts
 
 
 def print_papers(cards: list[Card], console: Console) -> None:
@@ -63,8 +63,7 @@ def verdict_line(card: Card) -> str:
     line = load_verdicts().get(card.slug)
     if line is None:
         return "none yet: its study has not been run"
-    sentence = verdict_sentence(line, line["scale"], line["seeds"])
-    return f"{sentence} ({line['date']})"
+    return f"{line['sentence']} ({line['date']})"
 
 
 def _authors(card: Card) -> str:
