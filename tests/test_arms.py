@@ -1,6 +1,7 @@
 """The arms that everyone would try first: each reduces to plain training, and all pairs compose."""
 
 import copy
+import warnings
 from functools import partial
 from itertools import combinations
 
@@ -11,19 +12,23 @@ from doubles import data, flat, noisy_network, smooth_network
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from wellposed import Compose, Hyperparameter, Step, TensorLoader, fit, squared_error
-from wellposed.features import Dropout
+from wellposed import Compose, Hyperparameter, Regularizer, Step, TensorLoader, fit, squared_error
+from wellposed.features import Dropout, FeatureCompression
 from wellposed.gradients import SharpnessAwareMinimization, perturbed
 from wellposed.losses import (
+    CoTeaching,
     EarlyLearning,
+    EarlyLearningPlus,
     GeneralizedCrossEntropy,
     LabelSmoothing,
     Mixup,
+    PastModelTeacher,
+    ProgressiveSelfDistillation,
     SymmetricCrossEntropy,
     smoothed_cross_entropy,
 )
 from wellposed.losses.mixup import draw_coefficients
-from wellposed.weights import EarlyStopping, WeightAveraging, WeightDecay
+from wellposed.weights import EarlyStopping, WeightAveraging, WeightCompander, WeightDecay
 
 X, Y = data()
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -210,21 +215,52 @@ ARMS = {
     "dropout": lambda: Dropout(0.2),
     "stopping": lambda: EarlyStopping(),
     "elr": lambda: EarlyLearning(64, 4),
+    "ps-kd": lambda: ProgressiveSelfDistillation(64, 4),
+    "past-model": lambda: PastModelTeacher(4),
+    "nested": lambda: FeatureCompression("nested", sigma=4.0),
+    "compander": lambda: WeightCompander(),
+    "elr+": lambda: EarlyLearningPlus(64, 4, decay=0.9),
+    "co-teaching": lambda: CoTeaching(0.2, 0, "full"),
+    "co-teaching halves": lambda: CoTeaching(0.2, 0, "halves"),
 }
-REPLACING, HARD = {"smoothing", "gce", "sce"}, {"gce", "sce"}
+PAIRED = {"elr+", "co-teaching", "co-teaching halves"}  # two networks, two outputs
+REPLACING, HARD = {"smoothing", "gce", "sce", *PAIRED}, {"gce", "sce"}
+SOFTENING = {"mixup", "ps-kd", "past-model"}  # targets become probabilities
+ONE_OUTPUT = {"elr", "ps-kd"}  # a memory of the one network's predictions
+WEIGHING = {"compander", "decay"}  # both own the decay of the same weights
+
+
+def refusal(a, b):
+    """What a pair that cannot work raises, and when: at construction, or in the first step. None: it works."""
+    pair = {a, b}
+    if pair <= REPLACING:
+        return "at most one method may replace the task loss"
+    if pair & SOFTENING and pair & HARD:
+        return "targets must be integer classes"
+    if pair & PAIRED and pair & ONE_OUTPUT:
+        return "returned Paired, which holds no 'logits' tensor"
+    return None
 
 
 @pytest.mark.parametrize(("a", "b"), list(combinations(ARMS, 2)))
-def test_all_pairs_compose(a, b):
-    if {a, b} <= REPLACING:
-        with pytest.raises(ValueError, match="at most one method may replace the task loss"):
-            Compose(ARMS[a](), ARMS[b]())
-    elif "mixup" in (a, b) and HARD & {a, b}:
-        with pytest.raises(ValueError, match="targets must be integer classes"):
+def test_all_pairs_compose_or_say_why_not(a, b):
+    message = refusal(a, b)
+    if message is not None:
+        with pytest.raises((ValueError, TypeError), match=message):
             train(Compose(ARMS[a](), ARMS[b]()), smooth_network(), epochs=1)
-    else:
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*couples the examples of a batch")
         found = train(Compose(ARMS[a](), ARMS[b]()), noisy_network(), epochs=2, accumulation=2)
-        assert torch.isfinite(flat(found.model)).all()
+    assert torch.isfinite(flat(found.model)).all()
+
+
+@pytest.mark.parametrize("name", [name for name in ARMS if type(ARMS[name]()).on_batch is not Regularizer.on_batch])
+def test_what_rewrites_the_batch_must_come_before_what_gives_each_network_its_own(name):
+    if name in REPLACING:
+        return
+    with pytest.raises(ValueError, match="gives each network its own batch"):
+        Compose(CoTeaching(0.2, 0, "halves"), ARMS[name]())
 
 
 @pytest.mark.parametrize(

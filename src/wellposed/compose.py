@@ -106,7 +106,8 @@ class Compose(Regularizer):
             regularizer.on_epoch(step)
 
     def finish(self, model: nn.Module) -> nn.Module:
-        # Stable, so that both kinds keep the reverse order.
-        for regularizer in sorted(list(self)[::-1], key=lambda r: type(r).attach is not Regularizer.attach):
-            model = regularizer.finish(model)
+        for has_attached in (False, True):
+            for regularizer in reversed(list(self)):
+                if (type(regularizer).attach is not Regularizer.attach) == has_attached:
+                    model = regularizer.finish(model)
         return model

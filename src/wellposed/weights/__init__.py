@@ -5,6 +5,25 @@ from typing import TYPE_CHECKING
 import lazy_loader as lazy
 
 if TYPE_CHECKING:
+    from .compander import WeightCompander as WeightCompander
+    from .compander_attach import apply_compander as apply_compander
+    from .compander_functions import compand as compand
+    from .compander_functions import compander_bound as compander_bound
+    from .compander_functions import compander_slope as compander_slope
+    from .compander_functions import uncompand as uncompand
+    from .compander_module import Compander as Compander
+    from .compander_module import companded as companded
+    from .compander_module import fold_compander as fold_compander
+    from .compander_module import load_plain_state_dict as load_plain_state_dict
+    from .compander_module import plain_state_dict as plain_state_dict
+    from .compander_step import CompanderStep as CompanderStep
+    from .compander_step import compander_parameter_groups as compander_parameter_groups
+    from .compander_step import compander_penalty as compander_penalty
+    from .democracy import effective_number_of_weights as effective_number_of_weights
+    from .democracy import pruned_accuracy as pruned_accuracy
+    from .democracy import randomly_pruned as randomly_pruned
+    from .democracy import weight_statistics as weight_statistics
+    from .democracy import weight_tensors as weight_tensors
     from .early_stopping import EarlyStopping as EarlyStopping
     from .weight_averaging import WeightAveraging as WeightAveraging
     from .weight_decay import WeightDecay as WeightDecay
@@ -12,6 +31,24 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
+        "compander": ["WeightCompander"],
+        "compander_attach": ["apply_compander"],
+        "compander_functions": ["compand", "compander_bound", "compander_slope", "uncompand"],
+        "compander_module": [
+            "Compander",
+            "companded",
+            "fold_compander",
+            "load_plain_state_dict",
+            "plain_state_dict",
+        ],
+        "compander_step": ["CompanderStep", "compander_parameter_groups", "compander_penalty"],
+        "democracy": [
+            "effective_number_of_weights",
+            "pruned_accuracy",
+            "randomly_pruned",
+            "weight_statistics",
+            "weight_tensors",
+        ],
         "early_stopping": ["EarlyStopping"],
         "weight_averaging": ["WeightAveraging"],
         "weight_decay": ["WeightDecay"],
