@@ -69,7 +69,8 @@ class FeatureCompression(Regularizer):
 
     Note:
         Folding needs a linear layer or an ungrouped convolution that shares its weight with nobody; elsewhere `finish`
-        leaves the layer in the model, with its k*.
+        leaves the layer in the model, with its k*. The loop's own `validation_*` metrics of an epoch are measured before k*
+        of that epoch is chosen; what methods ask for by `step.validate()` is measured after.
 
     Example:
         >>> from wellposed import fit

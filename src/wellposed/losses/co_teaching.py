@@ -124,7 +124,8 @@ class CoTeaching(Regularizer):
         num_examples: size of the training set, to remember how often each example was kept; see `kept_share`.
 
     Attributes:
-        kept: `Paired` positions in the data set (or in the batch) that each network kept in the last step.
+        kept: `Paired` positions in the data set (or in the batch) that each network kept in the last step
+            (mode "full": in its last micro-batch).
 
     Raises:
         ValueError: for an argument out of range, or a `Pair` of a network with itself; in use, for a criterion that does
