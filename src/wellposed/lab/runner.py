@@ -49,8 +49,8 @@ def run_trials(
         trials: what to run, in this order.
         function: runs one; a top-level function, so that worker processes can import it.
         store: where outcomes go; written by this process only.
-        workers: processes; each uses one thread.
-        engine: "loky" (processes), "serial" (this process, for debugging), "ray" (a cluster).
+        workers: processes, over all machines of a cluster; each uses one thread.
+        engine: "loky" (processes), "serial" (this process, for debugging), "ray" (a cluster: see `run_on_cluster`).
         on_done: called in this thread after each trial is stored, also for those that were stored before.
         deadline: `time.monotonic()` value after which no trial is started.
         commit: recorded with each outcome.

@@ -1,8 +1,8 @@
 """Verdicts: what twelve seeds may say about a claim that was registered before they ran.
 
 The rule is short, and it is tested by simulation (`docs/verdicts.md`): a claim's values, one a seed, give a Student
-interval and an exact sign-flip test; a direction counts only where both agree; "refuted" needs, besides, that the
-phenomenon exists here at all (the regime, judged on baselines alone).
+interval and an exact sign-flip test; a direction counts only where both agree, and where
+the phenomenon exists here at all (the regime, judged on baselines alone).
 """
 
 from __future__ import annotations
@@ -108,14 +108,14 @@ def judge_effect(
 ) -> Verdict:
     """Verdict on "every contrast exceeds `margin`".
 
-    Supported where every contrast lies above the margin at `level`; refuted where the regime holds and one contrast
-    lies below the margin at 1 - (1 - level)/k, k the number of contrasts; else inconclusive. In every case the
-    sign-flip test must agree with the interval.
+    Where the regime fails, inconclusive. Else supported where every contrast lies above the margin at `level`, refuted
+    where one lies below the margin at 1 - (1 - level)/k, k the number of contrasts, and inconclusive otherwise. In
+    every case the sign-flip test must agree with the interval.
 
     Args:
         values: one list a contrast, one value a seed, paired across contrasts.
         margin: the smallest value that would still support the paper, >= 0.
-        conditions: the regime; an effect that is there although they fail is supported, and the qualifier says so.
+        conditions: the regime: what must be so for the phenomenon to exist here.
         level: of the claim.
 
     Raises:
@@ -134,14 +134,16 @@ def judge_effect(
     contrasts = _contrasts(values, [margin], level)
     regime = all(condition.holds for condition in conditions)
     found = {"contrasts": contrasts, "level": level, "conditions": tuple(conditions)}
+    if not regime:
+        return Verdict("inconclusive", "regime not reached", **found)  # type: ignore[arg-type]
     if all(_above(c, margin, level) for c in contrasts):
-        return Verdict("supported", "" if regime else "regime not reached", **found)  # type: ignore[arg-type]
+        return Verdict("supported", **found)  # type: ignore[arg-type]
     refuting = simultaneous_level(len(contrasts), level)
     below = [c for c in contrasts if _below(c, margin, refuting)]
-    if below and regime:
+    if below:
         lowest = min(below, key=lambda c: c.refuting.high)
         return Verdict("refuted", _size(lowest, refuting), **found)  # type: ignore[arg-type]
-    return Verdict("inconclusive", "" if regime else "regime not reached", **found)  # type: ignore[arg-type]
+    return Verdict("inconclusive", **found)  # type: ignore[arg-type]
 
 
 def judge_equivalence(
@@ -154,8 +156,7 @@ def judge_equivalence(
     """Verdict on "every contrast lies within (-margin, margin)", or above -margin for non-inferiority.
 
     Supported where the regime holds and every interval lies inside, refuted where it holds and one lies wholly
-    outside, else inconclusive; the sign-flip test must agree at each bound that is used. Unlike an effect, an
-    equivalence says nothing where the phenomenon does not exist: nothing is lost where there is nothing to lose.
+    outside, else inconclusive; the sign-flip test must agree at each bound that is used.
 
     Raises:
         ValueError: as `judge_effect`; the margin must be > 0.
