@@ -255,12 +255,18 @@ def test_all_pairs_compose_or_say_why_not(a, b):
     assert torch.isfinite(flat(found.model)).all()
 
 
+def test_what_changes_the_model_must_come_before_what_copies_it():
+    with pytest.raises(ValueError, match="a method that changes the model must come before"):
+        train(Compose(ARMS["elr+"](), ARMS["compander"]()), smooth_network(), epochs=1)
+
+
 @pytest.mark.parametrize("name", [name for name in ARMS if type(ARMS[name]()).on_batch is not Regularizer.on_batch])
 def test_what_rewrites_the_batch_must_come_before_what_gives_each_network_its_own(name):
     if name in REPLACING:
         return
-    with pytest.raises(ValueError, match="gives each network its own batch"):
-        Compose(CoTeaching(0.2, 0, "halves"), ARMS[name]())
+    for pairing in ("co-teaching halves", "elr+"):
+        with pytest.raises(ValueError, match="gives each network its own batch"):
+            Compose(ARMS[pairing](), ARMS[name]())
 
 
 @pytest.mark.parametrize(

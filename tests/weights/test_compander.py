@@ -318,6 +318,9 @@ def test_what_does_not_train_or_has_no_shape_is_not_companded():
         ValueError, match=r"skip names '4.wieght', which the model does not have; did you mean '4.weight'"
     ):
         apply_compander(network(), skip=["4.wieght"])
+    sparse = nn.Sequential(nn.Embedding(3, 2, sparse=True))
+    with pytest.raises(ValueError, match="'0.weight' has sparse gradients; pass sparse=False to the layer"):
+        apply_compander(sparse, a=9.0, types=(nn.Embedding,))
     old = nn.Sequential(nn.Linear(2, 2))
     del old[0]._parameters["weight"]
     old[0].weight = torch.zeros(2, 2)

@@ -193,12 +193,10 @@ def test_decoupled_decay_shrinks_the_weight_and_stays_out_of_the_move(modified):
 
 
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW])
-@pytest.mark.parametrize("fn", COMPANDER_FUNCTIONS)
+@pytest.mark.parametrize("fn", [fn for fn in COMPANDER_FUNCTIONS if fn != "linear"])
 def test_a_saturated_entry_stays_finite_and_unmoved(make, fn):
     model = network(torch.float32)
     apply_compander(model, fn=fn)
-    if fn in ("linear",):
-        return
     v = companded(model)[0].v
     with torch.no_grad():
         v[0, 0], v[1, 1] = 1e20, -1e20
@@ -206,7 +204,7 @@ def test_a_saturated_entry_stays_finite_and_unmoved(make, fn):
     CompanderStep(model, optimizer).register()
     train(model, optimizer, steps=3, dtype=torch.float32)
     assert all(torch.isfinite(p).all() for p in model.parameters())
-    assert float(v[0, 0]) == torch.tensor(1e20) and float(v[1, 1]) == torch.tensor(-1e20)
+    assert torch.equal(v.detach()[[0, 1], [0, 1]], torch.tensor([1e20, -1e20]))
     assert not torch.equal(v.detach()[2:], companded(network_like(fn))[0].v.detach()[2:])
 
 

@@ -26,6 +26,7 @@ from wellposed.weights import (
     WeightDecay,
     companded,
     compander_penalty,
+    plain_state_dict,
     weight_tensors,
 )
 
@@ -164,6 +165,36 @@ def test_averages_and_best_epochs_are_restored_before_the_weights_are_folded_in_
     assert max(float(w.abs().max()) for w in weight_tensors(found).values()) <= BOUND * (1 + 1e-6)
 
 
+def test_early_stopping_restores_the_plain_weights_of_the_best_epoch():
+    states = []
+
+    def watch(step, entry):
+        states.append({name: tensor.clone() for name, tensor in plain_state_dict(step.model).items()})
+
+    stopping = EarlyStopping()
+    held = TensorLoader(torch.randn(64, 8, generator=torch.Generator().manual_seed(9)), Y, batch_size=64)
+    method = Compose(stopping, WeightCompander(learnable="layer"))
+    model = train(method, smooth_network(), epochs=12, validation=held, on_epoch_end=watch).model
+    assert stopping.best_epoch < 12
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, states[stopping.best_epoch - 1][name], rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(
+        flat(model), torch.cat([states[-1][n].reshape(-1) for n in dict(model.named_parameters())])
+    )
+
+
+def test_under_autocast_the_numbers_and_their_function_stay_in_single_precision():
+    seen = set()
+
+    class Watch(Regularizer):
+        def on_gradients(self, step):
+            seen.update((one.v.dtype, one.v.grad.dtype, one.w.dtype) for one in companded(step.model))
+
+    found = train(Compose(WeightCompander(), Watch()), smooth_network(), amp=torch.bfloat16).model
+    assert seen == {(torch.float32,) * 3}
+    torch.testing.assert_close(flat(found), flat(train(WeightCompander(), smooth_network()).model), rtol=0, atol=0.1)
+
+
 def test_an_average_of_companded_weights_is_an_average_of_their_numbers():
     averaging = WeightAveraging(0.5, warmup=False)
     numbers, average = [], []
@@ -259,18 +290,14 @@ def test_gradients_do_not_depend_on_how_the_batch_is_cut(accumulation):
 def test_both_networks_of_a_pair_are_companded_each_with_scales_of_its_own(learnable):
     first = smooth_network()
     second = reinitialized(first, torch.Generator().manual_seed(1))
-    model = WeightCompander(learnable=learnable).attach(Pair(first, second))
+    model = WeightCompander(learnable=learnable).attach(Pair(first, copy.deepcopy(second)))
     a, b = ({id(p) for one in companded(net) for p in one.compander.parameters()} for net in (model.a, model.b))
     assert a and not a & b
-    plus = EarlyLearningPlus(64, 4, decay=0.9)
-    found = train(Compose(WeightCompander(), plus), Pair(smooth_network(), second_network()), epochs=2).model
-    assert torch.isfinite(flat(found)).all() and all("parametrizations" not in n for n in found.state_dict())
-    with pytest.raises(ValueError, match="pass a second network instead"):
-        train(Compose(WeightCompander(), EarlyLearningPlus(64, 4)), smooth_network())
-
-
-def second_network():
-    return reinitialized(smooth_network(), torch.Generator().manual_seed(5))
+    # Before a method that copies the networks: two of the user's own, or a second one drawn anew.
+    for start in (Pair(smooth_network(), second), smooth_network()):
+        method = Compose(WeightCompander(learnable=learnable), EarlyLearningPlus(64, 4, decay=0.9))
+        found = train(method, start, epochs=2).model
+        assert torch.isfinite(flat(found)).all() and all("parametrizations" not in n for n in found.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -331,3 +358,14 @@ def test_a_copy_of_the_method_does_not_carry_the_loop_along():
     assert all(one._stepper is None for one in kept)
     with pytest.raises(ValueError, match=r"WeightCompander: step.optimizer is missing"):
         method.on_gradients(Step(WeightCompander().attach(nn.Linear(2, 2))))
+
+
+def test_a_learned_decay_penalises_the_weights_and_not_what_lies_under_them():
+    model = WeightCompander(a=0.5, b=0.4).attach(smooth_network())
+    found = WeightDecay(Hyperparameter(0.1)).penalty(Step(model))
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    torch.testing.assert_close(found, 0.05 * sum(w.square().sum() for w in weights))
+    learned = WeightCompander(a=0.5, b=0.4, learnable="layer").attach(smooth_network())
+    under = [one.v for one in companded(learned)]
+    found = WeightDecay(Hyperparameter(0.1)).penalty(Step(learned))
+    torch.testing.assert_close(found, 0.05 * sum(v.square().sum() for v in under))

@@ -78,6 +78,7 @@ class EarlyLearningPlus(Regularizer):
     """
 
     requires = frozenset({"index"})
+    pairs_batch = True
 
     def __init__(
         self,
@@ -182,6 +183,11 @@ class EarlyLearningPlus(Regularizer):
         pair = unwrap(step.model)
         for key in _NETWORKS:
             live = [p.detach() for p in getattr(pair, key).parameters()]
+            if [p.shape for p in live] != [p.shape for p in self.averages[key].parameters()]:
+                raise ValueError(
+                    "EarlyLearningPlus: the networks' parameters were replaced after it copied them; a method that changes "
+                    "the model must come before: Compose(WeightCompander(...), EarlyLearningPlus(...))"
+                )
             exponential_moving_average_(list(self.averages[key].parameters()), live, decay)
 
     def finish(self, model: nn.Module) -> nn.Module:

@@ -7,18 +7,18 @@ import lazy_loader as lazy
 if TYPE_CHECKING:
     from .compander import WeightCompander as WeightCompander
     from .compander_attach import apply_compander as apply_compander
+    from .compander_decay import compander_parameter_groups as compander_parameter_groups
+    from .compander_decay import compander_penalty as compander_penalty
+    from .compander_folding import fold_compander as fold_compander
+    from .compander_folding import load_plain_state_dict as load_plain_state_dict
+    from .compander_folding import plain_state_dict as plain_state_dict
     from .compander_functions import compand as compand
     from .compander_functions import compander_bound as compander_bound
     from .compander_functions import compander_slope as compander_slope
     from .compander_functions import uncompand as uncompand
     from .compander_module import Compander as Compander
     from .compander_module import companded as companded
-    from .compander_module import fold_compander as fold_compander
-    from .compander_module import load_plain_state_dict as load_plain_state_dict
-    from .compander_module import plain_state_dict as plain_state_dict
     from .compander_step import CompanderStep as CompanderStep
-    from .compander_step import compander_parameter_groups as compander_parameter_groups
-    from .compander_step import compander_penalty as compander_penalty
     from .democracy import effective_number_of_weights as effective_number_of_weights
     from .democracy import pruned_accuracy as pruned_accuracy
     from .democracy import randomly_pruned as randomly_pruned
@@ -34,14 +34,10 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "compander": ["WeightCompander"],
         "compander_attach": ["apply_compander"],
         "compander_functions": ["compand", "compander_bound", "compander_slope", "uncompand"],
-        "compander_module": [
-            "Compander",
-            "companded",
-            "fold_compander",
-            "load_plain_state_dict",
-            "plain_state_dict",
-        ],
-        "compander_step": ["CompanderStep", "compander_parameter_groups", "compander_penalty"],
+        "compander_decay": ["compander_parameter_groups", "compander_penalty"],
+        "compander_folding": ["fold_compander", "load_plain_state_dict", "plain_state_dict"],
+        "compander_module": ["Compander", "companded"],
+        "compander_step": ["CompanderStep"],
         "democracy": [
             "effective_number_of_weights",
             "pruned_accuracy",

@@ -14,23 +14,26 @@ from ..pair import Pair
 from ..regularizer import Regularizer
 from ..step import Step
 from .compander_attach import WEIGHTED_LAYERS, Learnable, Units, apply_compander, check_options
+from .compander_decay import compander_penalty
+from .compander_folding import fold_compander
 from .compander_functions import CompanderFunction
-from .compander_module import check_choice, check_scales, companded, fold_compander
-from .compander_step import CompanderStep, compander_penalty
+from .compander_module import check_choice, check_scales, companded
+from .compander_step import CompanderStep
 
 
 class WeightCompander(Regularizer):
     """Weight compander, WC (Cakaj, Mehnert and Yang 2023, arXiv 2306.16993): train v, where `w = a arctan(v / b)`.
 
-    It bounds every weight by `a pi / 2` and moves weights near zero most. `attach` companders the convolutional and
+    It bounds every weight by `a pi / 2` and moves weights near zero most. `attach` compands the convolutional and
     linear layers without changing the network, `finish` stores plain weights again. With a >= 0.5 it is close to a
     learning rate larger by `(a / b)^2`; the bound is felt where a is 2 to 4 standard deviations of the weights
     (`units="deviation"`).
 
-    Weight decay needs no second thought: whatever decay a companded tensor has (`WeightDecay`, the optimizer's own)
+    Weight decay: whatever decay a companded tensor has (`WeightDecay`, the optimizer's own)
     acts on w while the scales are fixed, and on v while they are learned, as in the paper; see `CompanderStep`. A
     decay that a tuner learns goes to `weight_decay` here. Weight averages (EMA) are averages of v, sharpness-aware
-    steps move v; put this method after those that evaluate the batch again, and after those that build networks.
+    steps move v. In a `Compose` this method stands after those that evaluate the batch again (SAM), and before those
+    that copy the networks when they attach (ELR+).
 
     Args:
         a, b: height and width, > 0; a number, or a `Hyperparameter` that a tuner learns.

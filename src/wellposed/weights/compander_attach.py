@@ -157,6 +157,10 @@ def _sites(
         if any(isinstance(user, _FUSED) for _, user, _ in users):
             fused[name] = module
             continue
+        if any(getattr(user, "sparse", False) for _, user, _ in users):
+            raise ValueError(
+                f"apply_compander: {name!r} has sparse gradients; pass sparse=False to the layer, or skip it"
+            )
         unit = float(weight.detach().float().std(correction=0)) if units == "deviation" else 1.0
         if not unit > 0:
             raise ValueError(f"apply_compander: {name!r} has equal weights, so that units='deviation' are 0; skip it")

@@ -9,74 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import ASGD, LBFGS, SGD, AdamW, Optimizer
 
-from ..parameters import parameter_groups
+from .compander_decay import decays_twice, require_companded
 from .compander_functions import shrunk_
-from .compander_module import Companded, check_choice, companded
+from .compander_module import Companded, check_choice
 
 SATURATED = 1e-12
 """Below this share of a/b the slope counts as 0: dividing by it would give 0/0."""
 
 # Decay that never enters the gradient. Adam and its kin say so in each group.
 _DECOUPLED = frozenset({"AdamW", "Adafactor", "Muon", "Lion", "LAMB"})
-
-
-def compander_penalty(model: nn.Module, weight_decay: float | Tensor, optimizer: Optimizer | None = None) -> Tensor:
-    """`weight_decay / 2 * ||w||^2` over the companded weights, a scalar to add to the loss once per optimizer step.
-
-    Where the scales are learned the paper decays v instead (arXiv 2306.16993, section III-B); so does this. The
-    factor 1/2 makes it the decay that torch's SGD knows. `CompanderStep` does the same without a graph, for the
-    weight decay that the optimizer holds: use one of the two.
-
-    Args:
-        model: companded.
-        weight_decay: coefficient.
-        optimizer: if given, it is made sure that it does not decay these weights a second time.
-
-    Raises:
-        ValueError: if nothing is companded, or if the optimizer decays a companded tensor.
-
-    Example:
-        >>> from wellposed.weights import apply_compander
-        >>> model = nn.Sequential(nn.Linear(2, 1))
-        >>> names = apply_compander(model)
-        >>> bool(compander_penalty(model, 2.0) == model[0].weight.square().sum())
-        True
-    """
-    found = _companded(model, "compander_penalty")
-    if optimizer is not None:
-        own = {id(one.v): one.name for one in found}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if group.get("weight_decay") and id(parameter) in own:
-                    raise ValueError(_both(own[id(parameter)], group["weight_decay"]))
-    squares = [(one.w if one.compander.decays_weight else one.v).square().sum() for one in found]
-    return torch.stack([square.to(squares[0]) for square in squares]).sum() * (0.5 * weight_decay)
-
-
-def compander_parameter_groups(
-    model: nn.Module, weight_decay: float = 0.0, *, penalty: bool = False
-) -> list[dict[str, Any]]:
-    """Optimizer groups of a companded model: decay for weights, none for biases, norms and the scales a and b.
-
-    Args:
-        model: companded.
-        weight_decay: of matrices and convolutions, companded or not.
-        penalty: the companded weights decay by `compander_penalty` in the loss, so not here (v of learned scales
-            does). Without it `CompanderStep` carries the decay of v over to w.
-
-    Example:
-        >>> from wellposed.weights import apply_compander
-        >>> model = nn.Sequential(nn.Linear(2, 1))
-        >>> names = apply_compander(model)
-        >>> [(group["names"], group["weight_decay"]) for group in compander_parameter_groups(model, 5e-4)]
-        [(['0.bias'], 0.0), (['0.parametrizations.weight.original'], 0.0005)]
-    """
-    found = {one.v_name: one for one in _companded(model, "compander_parameter_groups")}
-    wishes = []
-    for name, parameter in model.named_parameters():
-        decays = parameter.ndim >= 2 and not (penalty and name in found and found[name].compander.decays_weight)
-        wishes.append({"names": [name], "weight_decay": weight_decay if decays else 0.0})
-    return parameter_groups(model, wishes)
 
 
 @dataclass
@@ -138,7 +79,7 @@ class CompanderStep:
         penalty: bool = False,
     ) -> None:
         check_choice("CompanderStep", "modified", modified, (True, False, "auto"))
-        found = _companded(model, "CompanderStep")
+        found = require_companded(model, "CompanderStep")
         self.optimizer = optimizer
         self.modified = not isinstance(optimizer, (SGD, ASGD, LBFGS)) if modified == "auto" else modified
         if self.modified and isinstance(optimizer, LBFGS):
@@ -156,7 +97,11 @@ class CompanderStep:
         self._pending = _Pending()
 
     def register(self) -> CompanderStep:
-        """Run `before` and `after` as hooks of the optimizer. Clip gradients yourself: they are those of v."""
+        """Run `before` and `after` as hooks of the optimizer.
+
+        Gradients that are clipped before the step are those of v then, and a gradient scaler must unscale them first
+        (`scaler.unscale_(optimizer)`). To clip those of w, call `before` and `after` around clipping and step instead.
+        """
         self._handles = [
             self.optimizer.register_step_pre_hook(lambda *_: self.before()),
             self.optimizer.register_step_post_hook(lambda *_: self.after()),
@@ -230,7 +175,7 @@ class CompanderStep:
             return
         for one in ours.values():
             if self.penalty and one.compander.decays_weight:
-                raise ValueError(_both(one.name, decay))
+                raise ValueError(decays_twice(one.name, decay))
         decoupled = _decoupled(self.optimizer, group)
         factor = 1.0 - group["lr"] * decay
         signed = -decay if group.get("maximize") else decay
@@ -253,13 +198,6 @@ class CompanderStep:
         for group, decay in self._pending.taken:
             group["weight_decay"] = decay
         self._pending = _Pending()
-
-
-def _companded(model: nn.Module, owner: str) -> list[Companded]:
-    found = companded(model)
-    if not found:
-        raise ValueError(f"{owner}: the model has no companded weight; call apply_compander first")
-    return found
 
 
 def _divisor(one: Companded) -> Tensor:
@@ -288,11 +226,3 @@ def _shrink_(one: Companded, v: Tensor, factor: float | Tensor) -> None:
 def _decoupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     named = isinstance(optimizer, AdamW) or type(optimizer).__name__ in _DECOUPLED
     return bool(group.get("decoupled_weight_decay", named))
-
-
-def _both(name: str, decay: Any) -> str:
-    return (
-        f"compander_penalty: {name!r} decays twice, by the penalty on w and by weight_decay = {decay} of the optimizer; "
-        "give its group weight_decay=0 (compander_parameter_groups(model, weight_decay, penalty=True)), or leave the "
-        "penalty out"
-    )

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from ..batching import unwrap
 from ..evaluation import Metric, predict
 from .compander_attach import WEIGHTED_LAYERS
-from .compander_module import fold_compander, remove_parametrization
+from .compander_folding import fold_compander, remove_parametrization
 
 
 def weight_tensors(model: nn.Module, types: tuple[type[nn.Module], ...] = WEIGHTED_LAYERS) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from ..batching import unwrap
 from ..hyperparameter import Hyperparameter, check_strength, value_of
 from ..regularizer import Regularizer
 from ..step import Step
+from .compander_module import companded
 
 
 def decayed_names(model: nn.Module, on: Literal["weights", "all"] = "weights") -> list[str]:
@@ -60,6 +61,8 @@ class WeightDecay(Regularizer):
     def penalty(self, step: Step) -> Tensor | None:
         if not isinstance(self.strength, Hyperparameter):
             return None
-        named = dict(unwrap(step.model).named_parameters())
+        named: dict[str, Tensor] = dict(unwrap(step.model).named_parameters())
+        # What a compander trains is not the weight: with fixed scales decay is that of w (see `WeightCompander`).
+        named |= {one.v_name: one.w for one in companded(step.model) if one.compander.decays_weight}
         squares = torch.stack([named[n].square().sum() for n in decayed_names(step.model, self.on)])  # type: ignore[arg-type]
         return squares.sum() * (0.5 * value_of(self.strength))
