@@ -13,6 +13,7 @@ ROLES = ("method", "baseline", "control", "witness")
 MIN_SEEDS = 8
 _ARM_KEYS = (
     "name", "label", "group", "role", "fixed", "search", "shared", "rounds", "score", "trials_of", "settings_of",
+    "metric",
 )  # fmt: skip
 _KEYS = (
     "problem", "redraws", "seeds", "tuning_rounds", "tuning_seeds", "score", "worst", "shared", "smoke", "paper", "arms",
@@ -35,6 +36,7 @@ class StudyArm:
         trials_of: takes the tuning trials of this arm, and chooses among them by its own score.
         settings_of: starts from the tuned settings of this arm.
         group: heading under which pages show it, e.g. the problem that it runs on.
+        metric: what tables show of it in the place of the study's headline metric, e.g. that of its best epoch.
     """
 
     name: str
@@ -47,6 +49,7 @@ class StudyArm:
     trials_of: str = ""
     settings_of: str = ""
     group: str = ""
+    metric: str = ""
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,7 @@ def _parse_arm(entry: Mapping[str, Any], shared: Space, rounds: int, where: str)
     return StudyArm(
         name, entry.get("label", name), role, fixed, space, count, entry.get("score", "score"),
         entry.get("trials_of", ""), entry.get("settings_of", ""), entry.get("group", ""),
+        entry.get("metric", ""),
     )  # fmt: skip
 
 

@@ -67,9 +67,13 @@ class ArmLine:
 
 def arm_lines(record: Mapping[str, Any], card: Card, metric: str) -> list[ArmLine]:
     """All arms in the card's order (a record that was read from a file has lost it)."""
-    protocol = card.protocol
-    worst = protocol.get("worst", {}).get(metric)
-    return [_line(name, record["arms"][name], metric, worst, record["scale"]) for name in arm_order(record, card)]
+    worst = card.protocol.get("worst", {})
+    own = {arm["name"]: arm.get("metric", metric) for arm in card.protocol.get("arms", [])}
+    lines = []
+    for name in arm_order(record, card):
+        wanted = metric if record["scale"] == "paper" else own.get(name, metric)
+        lines.append(_line(name, record["arms"][name], wanted, worst.get(wanted), record["scale"]))
+    return lines
 
 
 def arm_order(record: Mapping[str, Any], card: Card) -> list[str]:

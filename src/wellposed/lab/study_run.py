@@ -103,6 +103,7 @@ class StudyRun:
     date: str
     seconds: float
     compute_seconds: float
+    """Sum over all trials; `seconds` is the wall time, at least what the trials of a continued run took side by side."""
 
     @property
     def judged(self) -> bool:
@@ -200,10 +201,11 @@ class _Runner:
             name: ArmRecord(arm, self._settings(arm), self._history(arm), [evaluated[name][s] for s in self.seeds])
             for name, arm in self.protocol.arms.items()
         }
+        computing = sum(outcome.seconds for outcome in self.outcomes.values())
         return StudyRun(
             self.study, self.card, self.protocol, self.options, self.seeds, arms, verdicts, values, self.fingerprint,
-            self._commits(), machine(), datetime.date.today().isoformat(), time.monotonic() - started,
-            sum(outcome.seconds for outcome in self.outcomes.values()),
+            self._commits(), machine(), datetime.date.today().isoformat(),
+            max(time.monotonic() - started, computing / self.options.workers), computing,
         )  # fmt: skip
 
     def _commits(self) -> str | None:
