@@ -5,10 +5,10 @@ import json
 import os
 import re
 from dataclasses import asdict
-from html.parser import HTMLParser
 
 import pytest
 from invented_comparison import invented
+from page_checker import Checker
 
 from wellposed.compare.report import report_page, write_report
 from wellposed.compare.result import load_result
@@ -22,44 +22,12 @@ CASES = {
     "three seeds": {"n_seeds": 3, "n_arms": 4},
     "two arms": {"n_arms": 2, "memory": False},
 }
-VOID = {"meta", "br", "path", "use", "rect", "line"}
 
 
 @pytest.fixture(scope="module")
 def pages():
     results = {name: invented(**case) for name, case in CASES.items()}
     return {name: (result, report_page(result)) for name, result in results.items()}
-
-
-class Checker(HTMLParser):
-    """Collects what a browser would fetch, all ids, and tags that do not close."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.fetched, self.links, self.ids, self.open, self.text = [], [], [], [], []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        found = dict(attributes)
-        if tag in {"script", "img", "iframe", "link", "source"}:
-            self.fetched += [found[key] for key in ("src", "href") if key in found]
-        if tag == "a":
-            self.links.append(found["href"])
-        if "id" in found:
-            self.ids.append(found["id"])
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        if "id" in dict(attributes):
-            self.ids.append(dict(attributes)["id"])
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_data(self, text):
-        if self.open and self.open[-1] not in {"style", "script"}:
-            self.text.append(text)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -81,7 +49,7 @@ def test_page_is_well_formed_and_ids_are_unique(pages, name):
 @pytest.mark.parametrize("name", CASES)
 def test_page_shows_every_arm_and_no_nan(pages, name):
     result, page = pages[name]
-    text = " ".join(Checker(page).text)
+    text = " ".join(Checker(page).words)
     for arm in result.arms:
         assert text.count(arm.label) >= 4, "figures, ranking, costs, tuning"
     assert not re.search(r"\b(nan|inf|None|Undefined)\b", text, re.IGNORECASE)
