@@ -6,7 +6,7 @@ import json
 import pytest
 from invented_paper import STUDY, card, explosive_card
 
-from wellposed.lab.ledger import LedgerError, export, faults, read_ledger, summary, validate
+from wellposed.lab.ledger import LedgerError, export, faults, read_ledger, summary, validate, write_entry
 from wellposed.lab.record import ledger_entry, make_record, read_record, write_record
 from wellposed.lab.replay import is_current, replay, stamped
 from wellposed.lab.study import Study
@@ -109,6 +109,18 @@ def test_a_replay_that_agrees_makes_a_stale_entry_current(entry):
     validate(renewed, "invented")
     assert renewed["claims"][3]["verdict"] == "holds" and "counterexample" not in renewed["claims"][3]
     assert is_current(renewed, found.stamp["fingerprint"]) and not is_current(entry, found.stamp["fingerprint"])
+
+
+def test_exporting_the_same_trials_again_keeps_the_replay_and_exporting_others_does_not(record, entry, tmp_path):
+    found = replay(entry, STUDY, card(), engine="serial")
+    export(record, tmp_path)
+    write_entry(stamped(read_ledger(tmp_path)["invented"], found), tmp_path)
+    export(record, tmp_path)
+    assert read_ledger(tmp_path)["invented"]["replay"] == found.stamp
+    changed = copy.deepcopy(record)
+    changed["arms"]["plain"]["metrics"]["accuracy"][0] += 1.0
+    export(changed, tmp_path)
+    assert "replay" not in read_ledger(tmp_path)["invented"]
 
 
 def test_a_replay_that_differs_in_one_digit_stamps_nothing(entry):

@@ -39,9 +39,20 @@ def export(record: Mapping[str, Any], folder: str | Path) -> Path:
         raise LedgerError(
             f"{slug}: run with other seeds or settings than the card registers; it does not enter the ledger"
         )
-    entry = ledger_entry(record)
+    entry = _with_replay(ledger_entry(record), read_ledger(folder).get(slug))
     validate(entry, slug)
     return write_entry(entry, folder)
+
+
+def _with_replay(entry: dict[str, Any], known: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a replay of the same trials found stays: its stamp, and exact claims as they were computed again."""
+    if known is None or "replay" not in known or known["fingerprint"] != entry["fingerprint"]:
+        return entry
+    if any(arm["metrics"] != entry["arms"].get(name, {}).get("metrics") for name, arm in known["arms"].items()):
+        return entry
+    again = {claim["id"]: claim for claim in known["claims"] if claim["kind"] == "exact"}
+    claims = [again.get(claim["id"], claim) for claim in entry["claims"]]
+    return {**entry, "claims": claims, "replay": known["replay"]}
 
 
 def write_entry(entry: Mapping[str, Any], folder: str | Path) -> Path:
