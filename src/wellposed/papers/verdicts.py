@@ -10,7 +10,7 @@ from typing import Any
 
 FILE = "verdicts.json"
 CHANCE = 0.05
-"""A primary claim is judged at 95 %: at most this share of verdicts with a direction are wrong by chance."""
+"""A primary claim is judged at 95 %: at most this share of lines is decided wrongly by chance."""
 
 
 @cache
@@ -25,12 +25,11 @@ def load_verdicts() -> dict[str, dict[str, Any]]:
 
 def expected_wrong(lines: Mapping[str, Mapping[str, Any]]) -> str:
     """How many lines of the ledger are expected to be wrong by chance, in one sentence."""
-    judged = sum(line["verdict"] in ("supported", "refuted") for line in lines.values())
-    open_ = len(lines) - judged
+    decided = sum(line["verdict"] in ("supported", "refuted") for line in lines.values())
     return (
-        f"{len(lines)} primary claim{_s(len(lines))} tested: {judged} with a direction, {open_} inconclusive. Each verdict with a "
-        f"direction is wrong by chance with a probability of at most 5 %, so of these {judged} at most "
-        f"{CHANCE * judged:.2g} are expected to be wrong."
+        f"{len(lines)} primary claim{_s(len(lines))} tested: {decided} decided, {len(lines) - decided} inconclusive. A line is "
+        f"decided wrongly by chance in at most 5 of 100 studies, even if every truth lay exactly at its margin: of these "
+        f"{len(lines)}, at most {CHANCE * len(lines):.2g} are expected to be wrong (more where values are skewed)."
     )
 
 
