@@ -39,7 +39,7 @@ unit: setup-dev  ## tests and doctests
 	@scripts/check.sh unit
 
 slow: setup-dev  ## the tests marked slow
-	$(RUN)/python -m pytest -m slow -n 2
+	$(RUN)/python -m pytest -m slow -n 2 --dist loadgroup
 
 docs: setup-dev  ## regenerate the method pages and README's table from the cards
 	$(RUN)/python scripts/generate_docs.py
