@@ -18,6 +18,8 @@ from wellposed.lab.runner import run_trials
 from wellposed.lab.store import Store
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Said before ray is imported: else only those processes ask for a token in which `ray.init` started a cluster.
+os.environ["RAY_AUTH_MODE"] = "token"
 ray = pytest.importorskip("ray")
 psutil = pytest.importorskip("psutil")
 # One after another: clusters that start side by side on one host get into each other's way.
@@ -45,6 +47,8 @@ def store(tmp_path):
 
 @pytest.fixture(scope="module", autouse=True)
 def _nothing_is_left():
+    command = [str(Path(sys.executable).with_name("ray")), "get-auth-token", "--generate"]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
     yield
     ray.shutdown()
 

@@ -99,6 +99,8 @@ def noted(trial):
 
 
 if __name__ == "__main__":
+    # A shell starts what runs in the background with Ctrl-C ignored, and Python then leaves it so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from wellposed.lab.runner import run_trials
     from wellposed.lab.store import Store
 
