@@ -6,9 +6,9 @@ from scipy.optimize import minimize_scalar
 from torch import nn
 
 from wellposed import BilevelProblem, Hyperparameter, TensorLoader
-from wellposed.bilevel import StepInfo, Tuner, check_tunable
 from wellposed.numerics import conjugate_gradient
 from wellposed.objective import squared_error
+from wellposed.tuner import StepInfo, Tuner, check_tunable
 from wellposed.weights import WeightDecay
 
 torch.manual_seed(0)
@@ -72,6 +72,42 @@ def test_the_finite_difference_fallback_agrees(problem):
     torch.testing.assert_close(hypergradient(problem), exact, rtol=1e-4, atol=1e-6)
 
 
+def test_both_products_from_one_graph_equal_the_dense_derivatives(problem):
+    vector = {"weight": torch.randn(1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))}
+    hvp, mixed = problem.second_derivatives(vector, None)
+
+    def inner(w, u):
+        return (A @ w - Y).square().mean() + u.exp() * w.square().sum()
+
+    w, u, v = problem.model.weight.detach()[0], problem.hypers["decay"].raw, vector["weight"][0]
+    (ww, wu), _ = torch.autograd.functional.hessian(inner, (w, u))
+    torch.testing.assert_close(hvp["weight"][0], ww @ v, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(mixed["decay"], wu @ v, rtol=1e-12, atol=1e-12)
+    assert (problem.counts.hvp, problem.counts.mixed_vjp) == (1, 1)
+
+
+def test_half_precision_parameters_get_half_precision_products():
+    model = nn.Linear(3, 1).bfloat16()
+    loss = lambda w, v, b: (w["weight"].square().sum() + w["bias"].sum()) * v["h"]  # noqa: E731
+    problem = BilevelProblem(model, loss, loss, hypers={"h": Hyperparameter(2.0)})
+    vector = {n: torch.ones_like(p, dtype=torch.float32) for n, p in problem.params.items()}
+    hvp, mixed = problem.second_derivatives(vector, None)
+    assert hvp["weight"].dtype == torch.bfloat16
+    assert bool((hvp["weight"] == 4).all())
+    assert mixed["h"].dtype == torch.float32
+
+
+def test_a_problem_of_plain_tensors_needs_no_model():
+    w, h = torch.ones(2, requires_grad=True), Hyperparameter(1.0, chart="exp")
+    loss = lambda p, v, b: v["h"] * p["w"].square().sum()  # noqa: E731
+    problem = BilevelProblem(None, loss, loss, {"w": w}, {"h": h})
+    torch.testing.assert_close(problem.hvp({"w": torch.ones(2)}, None)["w"], torch.full((2,), 2.0))
+    with pytest.raises(ValueError, match=r"the parameter 'w' must be floating, got torch\.int64"):
+        BilevelProblem(None, loss, loss, {"w": torch.ones(2, dtype=torch.int64)}, {"h": h})
+    with pytest.raises(ValueError, match="'w' is a parameter and the hyperparameter 'h'"):
+        BilevelProblem(None, loss, loss, {"w": h.raw}, {"h": h})
+
+
 def test_a_function_without_second_derivative_falls_back_and_says_why():
     class Once(torch.autograd.Function):
         @staticmethod
@@ -129,14 +165,8 @@ def test_requirements_name_the_offending_module():
 
 def test_a_tuner_stops_at_a_loss_that_is_not_finite_and_shows_the_values():
     class Broken(Tuner):
-        def step(self, train_batch, validation_batch):
+        def step(self, train, validation):
             return StepInfo(inner_loss=float("nan"))
-
-        def state_dict(self):
-            return {}
-
-        def load_state_dict(self, state):
-            return None
 
     model = nn.Linear(1, 1)
     problem = BilevelProblem(model, lambda *_: None, lambda *_: None, hypers={"h": Hyperparameter(1.0)})

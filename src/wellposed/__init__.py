@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from .accumulation import Accumulation as Accumulation
     from .averaging import WeightAverage as WeightAverage
     from .bilevel import BilevelProblem as BilevelProblem
-    from .bilevel import Tuner as Tuner
     from .compose import Compose as Compose
     from .fit import FitResult as FitResult
     from .fit import fit as fit
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from .step import DivergenceError as DivergenceError
     from .step import Step as Step
     from .step import record as record
+    from .tuner import Tuner as Tuner
 
 try:
     __version__ = version("wellposed")
@@ -51,7 +51,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     submod_attrs={
         "accumulation": ["Accumulation"],
         "averaging": ["WeightAverage"],
-        "bilevel": ["BilevelProblem", "Tuner"],
+        "bilevel": ["BilevelProblem"],
         "compose": ["Compose"],
         "fit": ["FitResult", "fit"],
         "hyperparameter": ["Hyperparameter"],
@@ -61,5 +61,6 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "regularizer": ["Regularizer", "RequirementError"],
         "sample_table": ["SampleTable"],
         "step": ["DivergenceError", "Step", "record"],
+        "tuner": ["Tuner"],
     },
 )

@@ -1,4 +1,4 @@
-"""The bilevel interface: a problem with counted oracles, and the protocol of tuners that learn hyperparameters.
+"""The bilevel problem: two losses over the same parameters, and the counted oracles that bilevel methods need.
 
     min over u of  L_outer(w*(u), u)   with   w*(u) = argmin over w of L_inner(w, u)
 
@@ -7,26 +7,26 @@ w are the network's parameters, u the unconstrained values of the hyperparameter
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .batching import as_batch, batch_size, call_model, unwrap
 from .hyperparameter import Hyperparameter, named_hyperparameters, substituted
-from .objective import Criterion, objective
+from .numerics.tree import global_norm
+from .objective import Criterion
 from .regularizer import Regularizer
-from .step import Step, collect_records
+from .step import copied_buffers
+from .training_objective import Clock, TrainingObjective, bare
 
 Values = dict[str, Tensor]
 Loss = Callable[[Values, Values, Any], Tensor]
 """`loss(params, hypers, batch) -> scalar`; `hypers` are constrained values by name."""
 
-TUNER_REQUIREMENTS = frozenset({"double_backward", "strongly_convex", "deterministic", "response_layers"})
 _NO_DOUBLE_BACKWARD = ("not implemented", "once_differentiable", "double backward", "does not support")
 
 
@@ -44,19 +44,21 @@ class BilevelProblem:
     """Two losses over the same parameters, and the derivatives that bilevel methods need.
 
     The losses run with the hyperparameters substituted, so that a Regularizer which reads them (`h()`) is
-    differentiable in them, with the chain rule through the chart included.
+    differentiable in them, with the chain rule through the chart included. Only `inner_value_and_grad` is a training
+    evaluation: the others leave buffers (running statistics) as they are.
 
     Args:
-        model: the network; its parameters are updated in place by tuners.
+        model: the network; its parameters are updated in place by tuners. None for a problem of plain tensors.
         inner_loss: training loss, penalties included.
         outer_loss: validation loss, without penalties.
         params: tensors to train by name; the model's trainable parameters by default.
-        hypers: hyperparameters by name.
+        hypers: hyperparameters by name; those of the model with `tune=True` by default.
         strong_convexity: lower bound of the inner Hessian's eigenvalues, where one is known.
 
     Attributes:
         counts: how often each oracle was called.
         fallback: why Hessian products are finite differences, or None while they are exact.
+        objective: the method's side of the training loss, or None for a problem of plain losses.
 
     Raises:
         ValueError: without parameters or hyperparameters, or if a hyperparameter is among the parameters.
@@ -72,22 +74,21 @@ class BilevelProblem:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | None,
         inner_loss: Loss,
         outer_loss: Loss,
         params: Mapping[str, Tensor] | None = None,
         hypers: Mapping[str, Hyperparameter] | None = None,
         strong_convexity: float | None = None,
     ) -> None:
-        self.model = model
+        self.model = nn.Module() if model is None else model
         self.inner_loss, self.outer_loss = inner_loss, outer_loss
-        trainable = {n: p for n, p in unwrap(model).named_parameters() if p.requires_grad}
-        self.params: Values = dict(trainable if params is None else params)
-        self.hypers = dict(named_hyperparameters(model) if hypers is None else hypers)
+        self.params: Values = dict(bare(self.model) if params is None else params)
+        self.hypers = dict(named_hyperparameters(self.model) if hypers is None else hypers)
         self.strong_convexity = strong_convexity
         self.counts = Counts()
         self.fallback: str | None = None
-        self._write: Callable[[], None] = lambda: None
+        self.objective: TrainingObjective | None = None
         self._looked = False
         if not self.params:
             raise ValueError("BilevelProblem: params is empty; the model has no parameter that trains")
@@ -97,33 +98,73 @@ class BilevelProblem:
         for name, tensor in self.params.items():
             if id(tensor) in raws:
                 raise ValueError(f"BilevelProblem: {name!r} is a parameter and the hyperparameter {raws[id(tensor)]!r}")
+            if not tensor.is_floating_point():
+                raise ValueError(f"BilevelProblem: the parameter {name!r} must be floating, got {tensor.dtype}")
 
     @classmethod
     def from_regularizer(
-        cls, model: nn.Module, regularizer: Regularizer, criterion: Criterion, **options: Any
+        cls, model: nn.Module, regularizer: Regularizer, criterion: Criterion, seed: int = 0, **options: Any
     ) -> BilevelProblem:
-        """The problem of training `model` under `regularizer`: inner with its `loss` and `penalty`, outer plain.
+        """The problem of training `model` under `regularizer`.
 
-        Only the pure hooks are called; a tuner's loop calls `on_backward` where a method keeps a table.
+        Inner: its `on_batch`, `loss` and `penalty`, in training mode. Outer: the plain task loss, in evaluation mode.
+        Hooks that write state run when the tuner says so (`write_state`, `on_step`, ...).
+
+        Args:
+            model: the network, as the method's `attach` returned it.
+            regularizer: the method; its hyperparameters with `tune=True` are learned, and those of the model.
+            criterion: unreduced task loss.
+            seed: of the method's random numbers.
+            options: further arguments of `BilevelProblem`.
         """
-        whole = _Objective(model, regularizer, criterion)
+        objective = TrainingObjective(model, regularizer, criterion, seed)
+        found = {**named_hyperparameters(model), **named_hyperparameters(regularizer)}
+        hypers = {id(h): (name, h) for name, h in found.items()}  # a dropout rate is held by both, and is one
 
-        def inner(params: Values, hypers: Values, batch: Any) -> Tensor:
-            return functional_call(whole, _prefixed(params), (batch, True))  # type: ignore[no-any-return]
+        def loss_of(training: bool) -> Loss:
+            def loss(params: Values, _: Values, batch: Any) -> Tensor:
+                if params is problem.params:  # they are the model's own: nothing to swap
+                    return objective(batch, training)  # type: ignore[no-any-return]
+                return functional_call(objective, _prefixed(params), (batch, training))  # type: ignore[no-any-return]
 
-        def outer(params: Values, hypers: Values, batch: Any) -> Tensor:
-            return functional_call(whole, _prefixed(params), (batch, False))  # type: ignore[no-any-return]
+            return loss
 
-        problem = cls(model, inner, outer, hypers=named_hyperparameters(regularizer), **options)
-        problem._write = whole.write_state
+        problem = cls(model, loss_of(True), loss_of(False), hypers=dict(hypers.values()), **options)
+        problem.objective = objective
         return problem
 
+    @property
+    def regularizer(self) -> Regularizer | None:
+        """The method under which the model trains, or None for a problem of plain losses."""
+        return None if self.objective is None else self.objective.regularizer
+
+    @property
+    def clock(self) -> Clock:
+        """The loop's position, as the method's hooks see it."""
+        return Clock() if self.objective is None else self.objective.clock
+
+    def begin(self) -> None:
+        """New random numbers for the method; the oracles do this by themselves, `evaluate` does not."""
+        if self.objective is not None:
+            self.objective.begin()
+
     def write_state(self) -> None:
-        """Let the methods write their per-example state (`on_backward`) from the last inner evaluation.
+        """Let the method write its per-example state (`on_backward`) from the last training evaluation.
 
         A tuner calls it once for each training step; the oracles never do, so that they stay pure.
         """
-        self._write()
+        if self.objective is not None:
+            self.objective.write_state()
+
+    def on_gradients(self, evaluate: Callable[[], Tensor]) -> None:
+        """Run the method's `on_gradients`; see `TrainingObjective.on_gradients`."""
+        if self.objective is not None:
+            self.objective.on_gradients(evaluate)
+
+    def on_step(self) -> None:
+        """Run the method's `on_step`, after the parameters moved."""
+        if self.objective is not None:
+            self.objective.on_step()
 
     def raw(self) -> Values:
         """The unconstrained values, as leaves that require a gradient."""
@@ -132,51 +173,47 @@ class BilevelProblem:
     def evaluate(self, loss: Loss, params: Values, raw: Values, batch: Any) -> Tensor:
         """A loss at given parameters and unconstrained values, differentiable in both."""
         with substituted({h: raw[name] for name, h in self.hypers.items()}):
-            values = {name: h() for name, h in self.hypers.items()}
+            # A method reads its hyperparameters itself; only plain losses get their values as an argument.
+            values = {} if self.objective is not None else {name: h() for name, h in self.hypers.items()}
             return loss(params, values, batch)
 
     @torch.enable_grad()  # type: ignore[untyped-decorator]
     def inner_value_and_grad(self, batch: Any) -> tuple[Tensor, Values]:
-        """Inner loss and its gradient in the parameters."""
+        """Inner loss and its gradient in the parameters: a training evaluation."""
         self.counts.inner_grad += 1
-        value = self.evaluate(self.inner_loss, self.params, self.raw(), batch)
+        self.begin()
+        fixed = {name: h.raw.detach() for name, h in self.hypers.items()}
+        value = self.evaluate(self.inner_loss, self.params, fixed, batch)
         return value.detach(), _grad(value, self.params)
 
     def inner_grad(self, batch: Any) -> Values:
         """Gradient of the inner loss in the parameters."""
         return self.inner_value_and_grad(batch)[1]
 
-    @torch.enable_grad()  # type: ignore[untyped-decorator]
     def hvp(self, vector: Values, batch: Any) -> Values:
         """Inner Hessian in the parameters, times `vector`; central differences where autograd cannot (see `fallback`)."""
         self.counts.hvp += 1
-        if self.fallback is None:
-            found = self._second_derivative(vector, batch, self.params)
-            if found is not None:
-                return found
-        step = 1e-3 / (1e-12 + float(torch.stack([v.norm() for v in vector.values()]).norm()))
-        raw = self.raw()
-        gradients = []
-        for sign in (1.0, -1.0):
-            moved = {n: (p + sign * step * vector[n]).detach().requires_grad_() for n, p in self.params.items()}
-            gradients.append(_grad(self.evaluate(self.inner_loss, moved, raw, batch), moved))
-        return {n: (gradients[0][n] - gradients[1][n]) / (2 * step) for n in self.params}
+        return self._second_derivatives(vector, batch, True, False)[0]
 
-    @torch.enable_grad()  # type: ignore[untyped-decorator]
     def mixed_vjp(self, vector: Values, batch: Any) -> Values:
         """`vector` times the mixed second derivative of the inner loss: one tensor for each hyperparameter."""
         self.counts.mixed_vjp += 1
-        raw = self.raw()
-        if self.fallback is None:
-            found = self._second_derivative(vector, batch, raw, raw)
-            if found is not None:
-                return found
-        step = 1e-3 / (1e-12 + float(torch.stack([v.norm() for v in vector.values()]).norm()))
-        slopes = []
-        for sign in (1.0, -1.0):
-            moved = {n: (p + sign * step * vector[n]).detach() for n, p in self.params.items()}
-            slopes.append(_grad(self.evaluate(self.inner_loss, moved, raw, batch), raw))
-        return {n: (slopes[0][n] - slopes[1][n]) / (2 * step) for n in raw}
+        return self._second_derivatives(vector, batch, False, True)[1]
+
+    def second_derivatives(self, vector: Values, batch: Any) -> tuple[Values, Values]:
+        """`hvp` and `mixed_vjp` of one batch from ONE graph: both are a gradient of <inner gradient, vector>.
+
+        Example:
+            >>> model, h = nn.Linear(1, 1, bias=False), Hyperparameter(1.0, chart="exp")
+            >>> loss = lambda w, v, b: v["h"] * w["weight"].square().sum()
+            >>> problem = BilevelProblem(model, loss, loss, hypers={"h": h})
+            >>> hvp, mixed = problem.second_derivatives({"weight": torch.ones(1, 1)}, None)
+            >>> hvp["weight"].item(), bool(mixed["h"] == 2 * model.weight)
+            (2.0, True)
+        """
+        self.counts.hvp += 1
+        self.counts.mixed_vjp += 1
+        return self._second_derivatives(vector, batch, True, True)
 
     @torch.enable_grad()  # type: ignore[untyped-decorator]
     def outer_grads(self, batch: Any) -> tuple[Tensor, Values, Values]:
@@ -191,18 +228,74 @@ class BilevelProblem:
             {n: both[f"u.{n}"] for n in raw},
         )
 
-    def _second_derivative(self, vector: Values, batch: Any, of: Values, raw: Values | None = None) -> Values | None:
+    @torch.enable_grad()  # type: ignore[untyped-decorator]
+    def _second_derivatives(self, vector: Values, batch: Any, hessian: bool, mixed: bool) -> tuple[Values, Values]:
+        self.begin()
+        raw = self.raw()
+        wanted = {**(_prefixed(self.params, "w.") if hessian else {}), **(_prefixed(raw, "u.") if mixed else {})}
+        with self._kept_buffers():
+            found = None if self.fallback is not None else self._exact(vector, batch, raw, wanted)
+            if found is None:
+                found = self._differences(vector, batch, raw, wanted)
+        return (
+            {n: found[f"w.{n}"] for n in self.params} if hessian else {},
+            {n: found[f"u.{n}"] for n in raw} if mixed else {},
+        )
+
+    def _exact(self, vector: Values, batch: Any, raw: Values, wanted: Values) -> Values | None:
         try:
-            value = self.evaluate(self.inner_loss, self.params, raw or self.raw(), batch)
+            value = self.evaluate(self.inner_loss, self.params, raw, batch)
+            self._check_reach(value, raw)
             first = torch.autograd.grad(value, list(self.params.values()), create_graph=True, allow_unused=True)
             self._refuse_once_differentiable(first)
-            pairs = [(g * vector[n]).sum() for n, g in zip(self.params, first, strict=True) if g is not None]
-            return _grad(torch.stack(pairs).sum(), of)
+            pairs = [
+                (g, vector[n]) for n, g in zip(self.params, first, strict=True) if g is not None and g.requires_grad
+            ]
+            if not pairs:
+                return {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}
+            # The vectors as cotangents: the product <gradient, vector> itself is never formed.
+            found = torch.autograd.grad(
+                [g for g, _ in pairs], list(wanted.values()), [v.to(g.dtype) for g, v in pairs], allow_unused=True
+            )
+            return _filled(wanted, found)
         except RuntimeError as error:
             if not any(words in str(error) for words in _NO_DOUBLE_BACKWARD):
                 raise
             self.fallback = f"finite differences, because {str(error).splitlines()[0]}"
             return None
+
+    def _differences(self, vector: Values, batch: Any, raw: Values, wanted: Values) -> Values:
+        """Central differences of the first derivatives along the vector, under the same random numbers."""
+        step = 1e-3 / (1e-12 + float(global_norm(vector.values())))
+        start = torch.get_rng_state()
+        slopes = []
+        for sign in (1.0, -1.0):
+            torch.set_rng_state(start)
+            moved = {n: (p + sign * step * vector[n]).detach().requires_grad_() for n, p in self.params.items()}
+            value = self.evaluate(self.inner_loss, moved, raw, batch)
+            self._check_reach(value, raw)
+            of = {**_prefixed(moved, "w."), **_prefixed(raw, "u.")}
+            slopes.append(_grad(value, {name: of[name] for name in wanted}))
+        return {n: (slopes[0][n] - slopes[1][n]) / (2 * step) for n in wanted}
+
+    def _check_reach(self, value: Tensor, raw: Values) -> None:
+        """Refuse, once, hyperparameters in which the training loss has no derivative: their gradient would be 0 for ever.
+
+        Raises:
+            ValueError: naming them.
+        """
+        if self._looked:
+            return
+        found: tuple[Tensor | None, ...] = (None,) * len(raw)
+        if value.requires_grad:
+            found = torch.autograd.grad(value, list(raw.values()), retain_graph=True, allow_unused=True)
+        unreached = [n for n, g in zip(raw, found, strict=True) if g is None or self.hypers[n].discrete]
+        if unreached:
+            raise ValueError(
+                f"the inner loss has no derivative in the hyperparameter {unreached[0]!r} (a rate that is only drawn "
+                "with, a floored count, or a value that the loss does not read): no implicit or unrolled gradient can "
+                "learn it; wellposed.tuning.SelfTuner can, or give it tune=False"
+            )
 
     def _refuse_once_differentiable(self, gradients: Iterable[Tensor | None]) -> None:
         """Raise where part of the graph cannot be differentiated twice.
@@ -224,37 +317,18 @@ class BilevelProblem:
                 raise RuntimeError("a function of the model is marked once_differentiable")
             waiting.extend(following for following, _ in node.next_functions if following is not None)
 
-
-class _Objective(nn.Module):
-    """Model and loss as one module, so that `functional_call` swaps the parameters for both."""
-
-    def __init__(self, model: nn.Module, regularizer: Regularizer, criterion: Criterion) -> None:
-        super().__init__()
-        self.model = model
-        # In a list, so that the regularizer's own parameters and buffers are not swapped.
-        self._rest = [regularizer, criterion]
-        self._last: Step | None = None
-
-    @torch.no_grad()
-    def write_state(self) -> None:
-        if self._last is None:
-            raise RuntimeError("BilevelProblem.write_state: no inner evaluation was made yet")
-        self._rest[0].on_backward(self._last)  # type: ignore[attr-defined]
-        self._last = None
-
-    def forward(self, sample: Any, inner: bool) -> Tensor:
-        regularizer, criterion = self._rest
-        batch = as_batch(sample)
-        step = Step(self.model, None, batch.inputs, batch.targets, batch.index, batch.weights, dict(batch.extra))
-        with collect_records() as records:
-            step.outputs = call_model(self.model, step.inputs)
-        step.records = records
-        valid = step.valid
-        step.num_examples = batch_size(batch)
-        step.normalizer = float(step.num_examples if valid is None else max(1, int(valid.sum())))
-        if inner:
-            self._last = step
-        return objective(step, regularizer if inner else Regularizer(), criterion)  # type: ignore[arg-type]
+    @contextmanager
+    def _kept_buffers(self) -> Iterator[None]:
+        """Inside the block nothing is a training evaluation: buffers stay, and the method's last step is kept."""
+        if self.objective is None:
+            yield
+            return
+        last = self.objective.last
+        try:
+            with copied_buffers(self.model):
+                yield
+        finally:
+            self.objective.last = last
 
 
 def _prefixed(values: Values, prefix: str = "model.") -> Values:
@@ -265,105 +339,8 @@ def _grad(value: Tensor, of: Values) -> Values:
     """Gradients by name; zero where the value does not depend on a tensor."""
     if not value.requires_grad:
         return {name: torch.zeros_like(tensor) for name, tensor in of.items()}
-    found = torch.autograd.grad(value, list(of.values()), allow_unused=True)
+    return _filled(of, torch.autograd.grad(value, list(of.values()), allow_unused=True))
+
+
+def _filled(of: Values, found: Iterable[Tensor | None]) -> Values:
     return {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(of.items(), found, strict=True)}
-
-
-@dataclass
-class StepInfo:
-    """What one step of a tuner saw; either loss may be None where the step did not evaluate it."""
-
-    inner_loss: float | None = None
-    outer_loss: float | None = None
-    values: dict[str, float] = field(default_factory=dict)
-
-
-class Tuner(ABC):
-    """A method that learns hyperparameters; it owns the alternation of the two levels.
-
-    Subclasses say what they require of the problem (`requires`, a subset of `TUNER_REQUIREMENTS`), and do one step.
-
-    Raises:
-        ValueError: naming the part of the model that does not meet a requirement.
-    """
-
-    requires: frozenset[str] = frozenset()
-
-    def __init__(self, problem: BilevelProblem) -> None:
-        check_tunable(problem, self.requires, type(self).__name__)
-        self.problem = problem
-        self.history: list[StepInfo] = []
-
-    @abstractmethod
-    def step(self, train_batch: Any, validation_batch: Any) -> StepInfo:
-        """Update parameters and hyperparameters once."""
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """All that an exact continuation needs beside the model."""
-
-    @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
-
-    def values(self) -> dict[str, Tensor]:
-        """The current constrained values by name."""
-        return {name: h().detach() for name, h in self.problem.hypers.items()}
-
-    def run(self, train: Iterable[Any], validation: Iterable[Any], steps: int) -> list[StepInfo]:
-        """Take `steps` steps over endlessly repeated loaders; returns (and extends) the history.
-
-        Raises:
-            ArithmeticError: if a loss is not finite, with the current values.
-        """
-        train_batches, validation_batches = _endless(train), _endless(validation)
-        for _ in range(steps):
-            info = self.step(next(train_batches), next(validation_batches))
-            for name, loss in (("inner", info.inner_loss), ("outer", info.outer_loss)):
-                if loss is not None and not loss - loss == 0.0:
-                    raise ArithmeticError(f"{type(self).__name__}: the {name} loss is {loss} at {self.values()}")
-            self.history.append(info)
-        return self.history
-
-
-def check_tunable(problem: BilevelProblem, requires: Iterable[str], owner: str) -> None:
-    """Raise unless a problem meets a tuner's requirements.
-
-    Raises:
-        ValueError: naming owner, requirement and the offending module.
-    """
-    for need in sorted(requires):
-        if need not in TUNER_REQUIREMENTS:
-            raise ValueError(f"{owner}.requires: unknown {need!r}; allowed: {sorted(TUNER_REQUIREMENTS)}")
-        found = _offence(problem, need)
-        if found is not None:
-            raise ValueError(f"{owner} requires {need!r}, but {found}")
-
-
-def _offence(problem: BilevelProblem, need: str) -> str | None:
-    if need == "strongly_convex" and not (problem.strong_convexity or 0) > 0:
-        return "the problem states no strong_convexity > 0"
-    for name, module in problem.model.named_modules():
-        kind = type(module).__name__
-        if need == "deterministic" and module.training and getattr(module, "p", 0) and "Dropout" in kind:
-            return f"the module {name!r} ({kind}) draws random numbers in training mode"
-        if need == "double_backward" and isinstance(module, nn.RNNBase):
-            if any(p.is_cuda for p in module.parameters()):
-                return f"the module {name!r} ({kind}) runs on cuDNN, which has no second derivative"
-    if need == "response_layers" and not any(hasattr(m, "response") for m in problem.model.modules()):
-        return "the model has no response layer; convert it first"
-    return None
-
-
-def _endless(loader: Iterable[Any]) -> Iterator[Any]:
-    epoch = 0
-    while True:
-        if callable(choose := getattr(loader, "set_epoch", None)):
-            choose(epoch)
-        empty = True
-        for batch in loader:
-            empty = False
-            yield batch
-        if empty:
-            raise ValueError("Tuner.run: a loader yielded no batch")
-        epoch += 1

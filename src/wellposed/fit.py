@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,24 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
 from .accumulation import Accumulation
 from .batching import as_batch, to_device, unwrap
-from .bilevel import BilevelProblem, Tuner
+from .bilevel import BilevelProblem
 from .checkpoint import load_checkpoint, random_state, restore_random_state, save_atomically
 from .compose import Compose
 from .evaluation import Metric, evaluate
-from .indexed_dataset import IndexedDataset, epoch_seed
+from .loading import as_loader, distributed, loader_state, rank, restore_loader, set_epoch
 from .objective import Criterion, cross_entropy
 from .parameters import apply_lr_factors, clip_gradients, parameter_groups, select_parameters, trainable_names
 from .regularizer import Regularizer, check_requirements
 from .step import DivergenceError, LoopServices, Step
+from .tuner import Tuner
+from .tuner_run import TunerRun, print_progress
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
@@ -46,12 +46,14 @@ class FitResult:
             metrics, and whatever methods logged.
         stopped: why training ended before its last epoch, or None.
         seconds: wall time of the training epochs run by this call.
+        tuner: the tuner that trained, with its history and schedule; None in plain training.
     """
 
     model: nn.Module
     history: list[dict[str, float]] = field(default_factory=list)
     stopped: str | None = None
     seconds: float = 0.0
+    tuner: Tuner | None = None
 
 
 def fit(
@@ -106,8 +108,12 @@ def fit(
         progress: print one line an epoch.
         checkpoint: file written after every epoch; if it exists, the run continues from it, bit for bit.
         on_epoch_end: called with the step and the epoch's history entry.
-        tuner: a function `BilevelProblem -> Tuner` (e.g. a Tuner class). The tuner owns the loop then: it trains the
-            parameters and learns the regularizer's hyperparameters on `validation`, for as many steps.
+        tuner: a function `BilevelProblem -> Tuner`, e.g. `wellposed.tuning.SelfTuner`. The tuner then trains the
+            parameters with its own optimizers and learns the regularizer's hyperparameters on `validation`, which it
+            needs; it takes as many training batches as plain training would. What it learned is in
+            `result.tuner` and, by epoch, in the history. With `early_stopping`, the best epoch is kept with its
+            hyperparameters. `optimizer`, `scheduler`, `accumulation`, `clip_norm`, `amp` and `scaler` belong to
+            plain training and are refused.
 
     Returns:
         `FitResult`, with the finished model.
@@ -128,29 +134,13 @@ def fit(
     """
     options = dict(locals())
     _check(options)
-    regularizer = _with_early_stopping(regularizer or Regularizer(), early_stopping)
     if tuner is not None:
         with _seeded(seed):
-            return _run_tuner(options, regularizer, tuner)
+            run = TunerRun(options, regularizer or Regularizer(), tuner)
+            return FitResult(run.train(), run.history, run.stopped, run.seconds, run.tuner)
+    regularizer = _with_early_stopping(regularizer or Regularizer(), early_stopping)
     with _seeded(seed):
         return _Run(options, regularizer).train()
-
-
-def _run_tuner(options: dict[str, Any], regularizer: Regularizer, make: Callable[[BilevelProblem], Tuner]) -> FitResult:
-    if options["validation"] is None:
-        raise ValueError("fit: a tuner learns on validation data; pass validation=")
-    started = time.perf_counter()
-    model = regularizer.attach(options["model"])
-    train = _as_loader(options["data"], options["batch_size"], options["seed"], shuffle=True)
-    validation = _as_loader(options["validation"], options["batch_size"], options["seed"], shuffle=True)
-    tuner = make(BilevelProblem.from_regularizer(model, regularizer, options["criterion"]))
-    infos = tuner.run(train, validation, options["epochs"] * len(train))
-    history = [
-        {"epoch": i // len(train) + 1, **info.values, "loss": info.inner_loss or 0.0}
-        for i, info in enumerate(infos)
-        if (i + 1) % len(train) == 0
-    ]
-    return FitResult(regularizer.finish(model), history, None, time.perf_counter() - started)
 
 
 class _Run:
@@ -162,9 +152,9 @@ class _Run:
         self.criterion: Criterion = options["criterion"]
         self.epochs: int = options["epochs"]
         self.seed: int | None = options["seed"]
-        self.loader = _as_loader(options["data"], options["batch_size"], self.seed, shuffle=True)
+        self.loader = as_loader(options["data"], options["batch_size"], self.seed, shuffle=True)
         validation = options["validation"]
-        self.validation = None if validation is None else _as_loader(validation, 1024, None, shuffle=False)
+        self.validation = None if validation is None else as_loader(validation, 1024, None, shuffle=False)
         check_requirements(regularizer, self._provides(), "fit")
         self.total = self.epochs * len(self.loader)
         model = options["model"]
@@ -173,7 +163,7 @@ class _Run:
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         # Moved before `attach` too, for methods that read the model's device there, and after it for their state.
         self.model = regularizer.to(self.device).attach(model).to(self.device)
-        if _distributed():
+        if distributed():
             self.model = DistributedDataParallel(self.model)
         self.optimizer = self._build_optimizer(options["optimizer"])
         make = options["scheduler"]
@@ -202,7 +192,7 @@ class _Run:
             if self.stopped is not None:
                 break
             self._train_epoch()
-            if path is not None and _rank() == 0:
+            if path is not None and rank() == 0:
                 save_atomically(self._state(), path)
         self.epoch = self.epochs
         self.regularizer.on_epoch(self._step())
@@ -211,7 +201,7 @@ class _Run:
 
     def _train_epoch(self) -> None:
         started = time.perf_counter()
-        _set_epoch(self.loader, self.epoch)
+        set_epoch(self.loader, self.epoch)
         self.model.train()
         losses = []
         for sample in self.loader:
@@ -233,8 +223,8 @@ class _Run:
         self.history.append(entry)
         if self.options["on_epoch_end"] is not None:
             self.options["on_epoch_end"](self._step(), entry)
-        if self.options["progress"] and _rank() == 0:
-            _print_progress(self.history, self.epochs)
+        if self.options["progress"] and rank() == 0:
+            print_progress(self.history, self.epochs)
 
     def _train_step(self, sample: Any) -> Tensor:
         pool = self._step(sample)
@@ -362,7 +352,7 @@ class _Run:
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "generator": self.generator.get_state(),
-            "loader": _loader_state(self.loader),
+            "loader": loader_state(self.loader),
             "random": random_state(),
             "epoch": self.epoch,
             "number": self.number,
@@ -383,7 +373,7 @@ class _Run:
         self.generator.set_state(state["generator"])
         self.epoch, self.number = state["epoch"], state["number"]
         self.history, self._validated = state["history"], state["validated"]
-        _restore_loader(self.loader, state["loader"])
+        restore_loader(self.loader, state["loader"])
         restore_random_state(state["random"])
 
 
@@ -429,69 +419,3 @@ def _seeded(seed: int | None) -> Iterator[None]:
         yield
     finally:
         restore_random_state(before)
-
-
-def _as_loader(data: Any, batch_size: int, seed: int | None, shuffle: bool) -> Any:
-    if isinstance(data, Dataset):
-        if len(data) == 0:  # type: ignore[arg-type]
-            raise ValueError("fit: data is empty")
-        dataset = data if isinstance(data, IndexedDataset) else IndexedDataset(data)
-        if _distributed() and shuffle:
-            sampler: DistributedSampler[Any] = DistributedSampler(dataset, seed=seed or 0)
-            return DataLoader(dataset, batch_size=batch_size, sampler=sampler)
-        generator = torch.Generator() if seed is not None and shuffle else None
-        return _EpochSeeded(DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, generator=generator), seed)
-    if not hasattr(data, "__iter__"):
-        raise TypeError(f"fit: data must be a Dataset or an iterable of batches, got {type(data).__name__}")
-    if shuffle and not hasattr(data, "__len__"):
-        raise TypeError(f"fit: data must have a length (batches an epoch); {type(data).__name__} has none")
-    return data
-
-
-class _EpochSeeded:
-    """A loader whose order is a function of (seed, epoch) alone, so that a resumed epoch repeats exactly."""
-
-    def __init__(self, loader: DataLoader[Any], seed: int | None) -> None:
-        self.loader, self.seed = loader, seed
-
-    def set_epoch(self, epoch: int) -> None:
-        if self.loader.generator is not None and self.seed is not None:
-            self.loader.generator.manual_seed(epoch_seed(self.seed, epoch))
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.loader)
-
-
-def _set_epoch(loader: Any, epoch: int) -> None:
-    for target in (loader, getattr(loader, "sampler", None)):
-        if callable(choose := getattr(target, "set_epoch", None)):
-            choose(epoch)
-
-
-def _loader_state(loader: Any) -> Tensor | None:
-    generator = getattr(loader, "generator", None)
-    return generator.get_state() if isinstance(generator, torch.Generator) else None
-
-
-def _restore_loader(loader: Any, state: Tensor | None) -> None:
-    if state is not None:
-        loader.generator.set_state(state)
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if _distributed() else 0
-
-
-def _print_progress(history: list[dict[str, float]], epochs: int) -> None:
-    entry = history[-1]
-    shown = [f"epoch {entry['epoch']}/{epochs}", f"loss {entry['loss']:.4f}"]
-    shown += [f"{k.replace('_', ' ')} {v:.4f}" for k, v in entry.items() if k.startswith("validation_")]
-    left = (epochs - len(history)) * sum(e["seconds"] for e in history) / len(history)
-    print("  ".join([*shown, f"{entry['seconds']:.1f} s", f"left {left:.0f} s"]), file=sys.stderr, flush=True)

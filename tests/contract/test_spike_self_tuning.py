@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from wellposed import Hyperparameter, TensorLoader, fit
-from wellposed.bilevel import StepInfo, Tuner
 from wellposed.evaluation import evaluate
 from wellposed.losses import EarlyLearning
 from wellposed.objective import cross_entropy
+from wellposed.tuner import StepInfo, Tuner
 
 CLASSES, WIDTH = 4, 32
 
@@ -47,7 +47,8 @@ class SelfTuner(Tuner):
         self.raws = [h.raw for h in problem.hypers.values()]
         self.hypers = torch.optim.Adam([{"params": self.raws}], lr=rate)
 
-    def step(self, train_batch, validation_batch):
+    def step(self, train, validation):
+        train_batch, validation_batch = next(train), next(validation)
         raw = self.problem.raw()
         noise = {n: self.scale * torch.randn(u.shape, generator=self.generator) for n, u in raw.items()}
         self.response.k = torch.stack([e.reshape(()) for e in noise.values()])
@@ -69,10 +70,10 @@ class SelfTuner(Tuner):
         self.response.k = torch.zeros(1)
         return StepInfo(float(inner.detach()), float(outer.detach()), {n: float(v) for n, v in self.values().items()})
 
-    def state_dict(self):
+    def extra_state(self):
         return {"weights": self.weights.state_dict(), "hypers": self.hypers.state_dict()}
 
-    def load_state_dict(self, state):
+    def load_extra_state(self, state):
         self.weights.load_state_dict(state["weights"])
         self.hypers.load_state_dict(state["hypers"])
 
