@@ -193,6 +193,21 @@ def check_strength(owner: str, name: str, strength: Any, low: float = 0.0, high:
         raise ValueError(f"{owner}: {name} must be {allowed}, got {strength}")
 
 
+def refuse_hyperparameter(owner: str, name: str, value: Any, reason: str) -> None:
+    """Raise where an argument cannot be learned, with the reason.
+
+    Raises:
+        TypeError: if value is a `Hyperparameter`.
+
+    Example:
+        >>> refuse_hyperparameter("WeightAveraging", "decay", Hyperparameter(0.9, 0.0, 1.0), "no loss depends on it")
+        Traceback (most recent call last):
+        TypeError: WeightAveraging: decay cannot be a Hyperparameter: no loss depends on it
+    """
+    if isinstance(value, Hyperparameter):
+        raise TypeError(f"{owner}: {name} cannot be a Hyperparameter: {reason}")
+
+
 def named_hyperparameters(module: nn.Module, tuned_only: bool = True) -> dict[str, Hyperparameter]:
     """All hyperparameters inside a module by their attribute path (those with `tune=True`, unless told otherwise).
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..hyperparameter import Hyperparameter, check_strength, value_of
 from ..regularizer import Regularizer
 from ..step import Step
 
@@ -22,7 +23,7 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 @contextmanager
 def perturbed(
-    parameters: Sequence[Tensor], gradients: Sequence[Tensor], rho: float, adaptive: bool = False
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], rho: float | Tensor, adaptive: bool = False
 ) -> Iterator[None]:
     """Move `parameters` by `rho * g / ||g||` inside the block, and give their exact old values back.
 
@@ -68,7 +69,7 @@ class SharpnessAwareMinimization(Regularizer):
     replaces g. Costs a second forward and backward pass. With rho = 0 it is plain training.
 
     Args:
-        rho: radius, >= 0.
+        rho: radius, >= 0; a float or a `Hyperparameter`, which `wellposed.tuning.SelfTuner` can learn.
         adaptive: scale-invariant form (ASAM).
 
     Raises:
@@ -86,10 +87,9 @@ class SharpnessAwareMinimization(Regularizer):
     requires = frozenset({"closure", "gradients"})
     kept: Tensor
 
-    def __init__(self, rho: float = 0.05, adaptive: bool = False) -> None:
+    def __init__(self, rho: float | Hyperparameter = 0.05, adaptive: bool = False) -> None:
         super().__init__()
-        if not rho >= 0:
-            raise ValueError(f"SharpnessAwareMinimization: rho must be >= 0, got {rho!r}")
+        check_strength("SharpnessAwareMinimization", "rho", rho)
         self.rho = rho
         self.adaptive = adaptive
         self.register_buffer("kept", torch.zeros((), dtype=torch.int64))
@@ -97,12 +97,13 @@ class SharpnessAwareMinimization(Regularizer):
     def on_gradients(self, step: Step) -> None:
         parameters = [p for p in step.model.parameters() if p.grad is not None]
         gradients = [p.grad.clone() for p in parameters if p.grad is not None]
-        if self.rho == 0 or not gradients:
+        rho = value_of(self.rho)
+        if (not isinstance(self.rho, Hyperparameter) and rho == 0) or not gradients:
             return
         norm = gradient_norm(gradients)
         if not torch.isfinite(norm) or norm == 0:
             return  # nowhere to go, or a bad step, which is the loop's to judge
-        with perturbed(parameters, gradients, self.rho, self.adaptive):
+        with perturbed(parameters, gradients, rho, self.adaptive):
             step.closure()
         found = [p.grad for p in parameters if p.grad is not None]
         if len(found) < len(parameters) or not torch.isfinite(gradient_norm(found)):

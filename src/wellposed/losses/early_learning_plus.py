@@ -54,7 +54,7 @@ class EarlyLearningPlus(Regularizer):
         num_classes: C.
         strength: weight of the penalty (lambda), >= 0; a float or a `Hyperparameter`.
         momentum: of the memory (beta), in [0, 1).
-        alpha: of mixup's Beta distribution; 0 trains on the unmixed inputs.
+        alpha: of mixup's Beta distribution; 0 trains on the unmixed inputs. A float or a `Hyperparameter`.
         decay: of the weight average (gamma), in [0, 1).
         ramp: "sigmoid" (CIFAR) ramps the decay over `ramp_fraction` of training; "inverse" is the reference's other rule,
             `min(1 - 1/(m + 1), decay)`.
@@ -86,7 +86,7 @@ class EarlyLearningPlus(Regularizer):
         num_classes: int,
         strength: float | Hyperparameter = 3.0,
         momentum: float = 0.7,
-        alpha: float = 1.0,
+        alpha: float | Hyperparameter = 1.0,
         decay: float = 0.997,
         *,
         ramp: Literal["sigmoid", "inverse"] = "sigmoid",
@@ -102,9 +102,9 @@ class EarlyLearningPlus(Regularizer):
     ) -> None:
         super().__init__()
         check_strength("EarlyLearningPlus", "strength", strength)
+        check_strength("EarlyLearningPlus", "alpha", alpha)
         ranges = {
             "momentum": (momentum, 0 <= momentum < 1, "in [0, 1)"),
-            "alpha": (alpha, alpha >= 0, ">= 0"),
             "decay": (decay, 0 <= decay < 1, "in [0, 1)"),
             "ramp_fraction": (ramp_fraction, 0 < ramp_fraction <= 1, "in (0, 1]"),
             "ramp": (ramp, ramp in ("sigmoid", "inverse"), "'sigmoid' or 'inverse'"),
@@ -143,8 +143,9 @@ class EarlyLearningPlus(Regularizer):
             logits = step.forward(inputs=clean, model=self.averages[other], grad=False, training=True)
             p = logits.float().softmax(-1)
             updated = torch.lerp(p, self._table(key).read(step.index, device=p.device), self.momentum)
-            if self.alpha > 0:
-                coefficient = draw_coefficients(size, self.alpha, step.generator, self.per_sample).to(p.device)
+            alpha = float(value_of(self.alpha))
+            if alpha > 0:
+                coefficient = draw_coefficients(size, alpha, step.generator, self.per_sample).to(p.device)
                 permutation = torch.randperm(size, generator=step.generator).to(p.device)
             else:
                 coefficient, permutation = p.new_ones(size), torch.arange(size, device=p.device)

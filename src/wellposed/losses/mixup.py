@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..batching import batch_size, cut, map_tensors
+from ..hyperparameter import Hyperparameter, check_strength, value_of
 from ..regularizer import Regularizer
 from ..step import Step
 
@@ -57,7 +58,8 @@ class Mixup(Regularizer):
     that keep a memory per example.
 
     Args:
-        alpha: parameter of the Beta distribution, > 0; small values mix rarely.
+        alpha: parameter of the Beta distribution, > 0; small values mix rarely. A float or a `Hyperparameter`, which
+            `wellposed.tuning.SelfTuner` can learn.
         num_classes: width of the probabilities; None reads it from the model's output once.
         per_sample: draw a coefficient for each example instead of one for each batch.
 
@@ -70,10 +72,11 @@ class Mixup(Regularizer):
         (torch.Size([4, 3]), torch.Size([4, 2]))
     """
 
-    def __init__(self, alpha: float = 0.2, num_classes: int | None = None, per_sample: bool = False) -> None:
+    def __init__(self, alpha: float | Hyperparameter = 0.2, num_classes: int | None = None, per_sample: bool = False) -> None:
         super().__init__()
-        if not alpha > 0:
-            raise ValueError(f"Mixup: alpha must be > 0, got {alpha!r}")
+        check_strength("Mixup", "alpha", alpha)
+        if alpha == 0:
+            raise ValueError(f"Mixup: alpha must be > 0, got {alpha!r}; without mixup, leave the method out")
         self.alpha = alpha
         self.num_classes = num_classes
         self.per_sample = per_sample
@@ -87,7 +90,7 @@ class Mixup(Regularizer):
     def on_batch(self, step: Step) -> None:
         size = batch_size(step)
         device = step.targets.device
-        coefficient = draw_coefficients(size, self.alpha, step.generator, self.per_sample).to(device)
+        coefficient = draw_coefficients(size, float(value_of(self.alpha)), step.generator, self.per_sample).to(device)
         permutation = torch.randperm(size, generator=step.generator).to(device)
         targets = step.targets
         if not targets.is_floating_point():

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..batching import unwrap
+from ..hyperparameter import refuse_hyperparameter
 from ..regularizer import Regularizer
 from ..step import Step
 
@@ -20,6 +21,7 @@ class EarlyStopping(Regularizer):
         goal: "min" or "max".
 
     Raises:
+        TypeError: for a `Hyperparameter`, which no tuner could learn.
         ValueError: if patience < 1, or if the metric is not among those of the loop.
 
     Attributes:
@@ -40,6 +42,8 @@ class EarlyStopping(Regularizer):
 
     def __init__(self, patience: int | None = None, metric: str = "loss", goal: Literal["min", "max"] = "min") -> None:
         super().__init__()
+        reason = "it ends training, which no loss in training depends on; search it"
+        refuse_hyperparameter("EarlyStopping", "patience", patience, reason)
         if patience is not None and patience < 1:
             raise ValueError(f"EarlyStopping: patience must be >= 1 or None, got {patience!r}")
         if goal not in ("min", "max"):

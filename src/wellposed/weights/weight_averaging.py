@@ -8,6 +8,7 @@ from torch import nn
 
 from ..averaging import WeightAverage, constant, inverse_ramp
 from ..batching import unwrap
+from ..hyperparameter import refuse_hyperparameter
 from ..regularizer import Regularizer
 from ..step import Step
 
@@ -22,6 +23,7 @@ class WeightAveraging(Regularizer):
 
     Raises:
         ValueError: if decay lies outside of [0, 1).
+        TypeError: for a `Hyperparameter`: no loss in training depends on the average.
 
     Example:
         >>> import torch
@@ -32,6 +34,8 @@ class WeightAveraging(Regularizer):
 
     def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
         super().__init__()
+        reason = "the loss in training does not depend on the average, so that no tuner can learn it; search it"
+        refuse_hyperparameter("WeightAveraging", "decay", decay, reason)
         if not 0 <= decay < 1:
             raise ValueError(f"WeightAveraging: decay must lie in [0, 1), got {decay!r}")
         self.decay = decay
