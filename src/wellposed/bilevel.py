@@ -286,6 +286,11 @@ class BilevelProblem:
         """
         if self._looked:
             return
+        if any("CheckpointFunction" in node.name() for node in _nodes([value])):
+            raise ValueError(
+                "the model uses re-entrant activation checkpointing, whose parameters get no gradient outside of "
+                "backward(): use checkpoint(..., use_reentrant=False)"
+            )
         found: tuple[Tensor | None, ...] = (None,) * len(raw)
         if value.requires_grad:
             found = torch.autograd.grad(value, list(raw.values()), retain_graph=True, allow_unused=True)
@@ -306,16 +311,8 @@ class BilevelProblem:
         if self._looked:
             return
         self._looked = True
-        waiting = [g.grad_fn for g in gradients if g is not None and g.grad_fn is not None]
-        seen = set()
-        while waiting:
-            node = waiting.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if "Error" in node.name():
-                raise RuntimeError("a function of the model is marked once_differentiable")
-            waiting.extend(following for following, _ in node.next_functions if following is not None)
+        if any("Error" in node.name() for node in _nodes(gradients)):
+            raise RuntimeError("a function of the model is marked once_differentiable")
 
     @contextmanager
     def _kept_buffers(self) -> Iterator[None]:
@@ -329,6 +326,18 @@ class BilevelProblem:
                 yield
         finally:
             self.objective.last = last
+
+
+def _nodes(tensors: Iterable[Tensor | None]) -> Iterator[Any]:
+    """The nodes of the graph behind tensors, each once."""
+    waiting: list[Any] = [t.grad_fn for t in tensors if t is not None and t.grad_fn is not None]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            waiting.extend(following for following, _ in node.next_functions if following is not None)
 
 
 def _prefixed(values: Values, prefix: str = "model.") -> Values:

@@ -44,6 +44,8 @@ class Tuner(ABC):
     Class attributes:
         requires: subset of `TUNER_REQUIREMENTS` that the problem must meet.
         drives: hooks of a Regularizer that this tuner runs; a method that overrides another one is refused.
+        owns_epochs: whether the tuner runs the method's `on_epoch` itself, because it trains more than once; the loop
+            then leaves that hook alone.
 
     Raises:
         ValueError: naming the part of the model, or the method, that does not meet a requirement.
@@ -51,6 +53,7 @@ class Tuner(ABC):
 
     requires: frozenset[str] = frozenset()
     drives: frozenset[str] = frozenset({"on_batch", "on_backward", "on_step", "on_epoch"})
+    owns_epochs: bool = False
 
     def __init__(self, problem: BilevelProblem) -> None:
         check_tunable(problem, self.requires, type(self).__name__)
@@ -184,7 +187,7 @@ def _offence(problem: BilevelProblem, need: str) -> str | None:
         if need == "deterministic" and module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
             return f"the module {name!r} ({kind}) changes its running statistics in training mode; call model.eval()"
         if need == "double_backward" and isinstance(module, nn.RNNBase):
-            if any(p.is_cuda for p in module.parameters()):
+            if torch.backends.cudnn.enabled and any(p.is_cuda for p in module.parameters()):
                 return (
                     f"the module {name!r} ({kind}) runs on cuDNN, which has no second derivative; train it inside "
                     "torch.backends.cudnn.flags(enabled=False)"

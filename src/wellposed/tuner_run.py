@@ -88,7 +88,7 @@ class TunerRun:
             self._resume(path)
         started = time.perf_counter()
         while self.clock.epoch < self.epochs and self.stopped is None:
-            self.objective.on_epoch()
+            self._on_epoch()
             if self.stopped is not None:
                 break
             self._train_epoch()
@@ -98,8 +98,12 @@ class TunerRun:
         if self.best is not None:
             self.tuner.load_state_dict(self.best[2])
         self.clock.epoch = self.epochs
-        self.objective.on_epoch()
+        self._on_epoch()
         return self.regularizer.finish(self.tuner.export())
+
+    def _on_epoch(self) -> None:
+        if not self.tuner.owns_epochs:
+            self.objective.on_epoch()
 
     def _train_epoch(self) -> None:
         started = time.perf_counter()
