@@ -197,5 +197,5 @@ def test_its_state_continues_the_random_numbers_and_the_method():
     first = problem()
     assert losses(first, 2) == whole[:2]
     second = problem()
-    second.objective.load_state_dict(first.objective.state_dict())
+    second.objective.load_run_state(first.objective.run_state())
     assert losses(second, 2) == whole[2:]

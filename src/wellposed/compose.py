@@ -62,6 +62,10 @@ class Compose(Regularizer):
         return len(self.regularizers)
 
     @property
+    def acts_in(self) -> frozenset[str]:
+        return frozenset().union(*(r.acts_in for r in self))
+
+    @property
     def replaces_loss(self) -> bool:
         return any(r.replaces_loss for r in self)
 

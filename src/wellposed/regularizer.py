@@ -135,6 +135,11 @@ class Regularizer(nn.Module):
         return model
 
     @property
+    def acts_in(self) -> frozenset[str]:
+        """The hooks in which this method acts: those that it overrides, unless an argument switches one of them off."""
+        return frozenset(hook for hook in HOOKS if getattr(type(self), hook) is not getattr(Regularizer, hook))
+
+    @property
     def replaces_loss(self) -> bool:
         """Whether this method replaces the task loss; at most one in a `Compose` may."""
         return type(self).loss is not Regularizer.loss

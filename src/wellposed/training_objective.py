@@ -63,7 +63,7 @@ class TrainingObjective(nn.Module):
         self._draw = 0
         self.last: Step | None = None
         self._random: Tensor | None = None
-        self._replays = type(regularizer).on_gradients is not Regularizer.on_gradients
+        self._replays = "on_gradients" in regularizer.acts_in
         self.begin()
 
     @property
@@ -160,12 +160,12 @@ class TrainingObjective(nn.Module):
         """Run `on_epoch` at the start of an epoch, and once at the end."""
         self.regularizer.on_epoch(self.step())
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def run_state(self) -> dict[str, Any]:
         """The random numbers and the method's own state; the model is the loop's to save."""
         return {"regularizer": self.regularizer.state_dict(), "generator": self.generator.get_state()}
 
-    def load_state_dict(self, state: Any, *args: Any, **kwargs: Any) -> Any:
-        """Continue from `state_dict`."""
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Continue from `run_state`."""
         self.regularizer.load_state_dict(state["regularizer"])
         self.generator.set_state(state["generator"])
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .bilevel import BilevelProblem
 from .loading import EndlessBatches
-from .regularizer import Regularizer, leaves
+from .regularizer import leaves
 from .step import DivergenceError
 
 TUNER_REQUIREMENTS = frozenset(
@@ -81,7 +81,7 @@ class Tuner(ABC):
             "params": {n: p.detach().clone() for n, p in problem.params.items()},
             "buffers": {n: b.clone() for n, b in problem.model.named_buffers()},
             "hypers": {n: h.raw.clone() for n, h in problem.hypers.items()},
-            "objective": None if problem.objective is None else problem.objective.state_dict(),
+            "objective": None if problem.objective is None else problem.objective.run_state(),
             "tuner": self.extra_state(),
         }
 
@@ -97,7 +97,7 @@ class Tuner(ABC):
         for name, value in state["hypers"].items():
             problem.hypers[name].raw.copy_(value)
         if problem.objective is not None:
-            problem.objective.load_state_dict(state["objective"])
+            problem.objective.load_run_state(state["objective"])
         self.load_extra_state(state["tuner"])
 
     def values(self) -> dict[str, Tensor]:
@@ -166,7 +166,7 @@ def check_drivable(problem: BilevelProblem, drives: Iterable[str], owner: str) -
         return
     for method in leaves([problem.regularizer]):
         for hook in STATE_HOOKS:
-            if hook not in drives and getattr(type(method), hook) is not getattr(Regularizer, hook):
+            if hook in method.acts_in and hook not in drives:
                 raise ValueError(
                     f"{owner} cannot train under {type(method).__name__}, which acts in {hook!r}; {owner} drives "
                     f"{['loss', 'penalty', *sorted(drives)]}. wellposed.tuning.SelfTuner drives all hooks"

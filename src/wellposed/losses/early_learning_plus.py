@@ -187,7 +187,8 @@ class EarlyLearningPlus(Regularizer):
             if [p.shape for p in live] != [p.shape for p in self.averages[key].parameters()]:
                 raise ValueError(
                     "EarlyLearningPlus: the networks' parameters were replaced after it copied them; a method that changes "
-                    "the model must come before: Compose(WeightCompander(...), EarlyLearningPlus(...))"
+                    "the model must come before: Compose(WeightCompander(...), EarlyLearningPlus(...)). A self-tuning network "
+                    "changes it after all; learn the strength with wellposed.tuning.BOREP"
                 )
             exponential_moving_average_(list(self.averages[key].parameters()), live, decay)
 

@@ -140,7 +140,9 @@ class PastModelTeacher(ProgressiveShare):
     def _soften(self, step: Step, targets: Tensor) -> Tensor:
         if self.past is None:
             past = torch.zeros(self._row_shape(targets), device=targets.device)
-            return progressive_targets(targets, past, 0.0)
+            # The past has no share yet; a share that a tuner learns stays in the graph, so that it is seen to matter.
+            share = 0.0 * self.share if isinstance(self.share, Tensor) else 0.0
+            return progressive_targets(targets, past, share)
         module = unwrap(step.model)
         self._copy_trainable(module)
         training = self.mode == "train"
