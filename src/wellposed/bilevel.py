@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,8 @@ class BilevelProblem:
         params: tensors to train by name; the model's trainable parameters by default.
         hypers: hyperparameters by name; those of the model with `tune=True` by default.
         strong_convexity: lower bound of the inner Hessian's eigenvalues, where one is known.
+        derivatives: second derivatives by a second backward pass ("exact"), or by central differences of two plain
+            gradients ("differences"): the price of two training steps and their memory, to about four digits.
 
     Attributes:
         counts: how often each oracle was called.
@@ -80,6 +82,7 @@ class BilevelProblem:
         params: Mapping[str, Tensor] | None = None,
         hypers: Mapping[str, Hyperparameter] | None = None,
         strong_convexity: float | None = None,
+        derivatives: Literal["exact", "differences"] = "exact",
     ) -> None:
         self.model = nn.Module() if model is None else model
         self.inner_loss, self.outer_loss = inner_loss, outer_loss
@@ -87,7 +90,9 @@ class BilevelProblem:
         self.hypers = dict(named_hyperparameters(self.model) if hypers is None else hypers)
         self.strong_convexity = strong_convexity
         self.counts = Counts()
-        self.fallback: str | None = None
+        if derivatives not in ("exact", "differences"):
+            raise ValueError(f"BilevelProblem: derivatives must be 'exact' or 'differences', got {derivatives!r}")
+        self.fallback: str | None = None if derivatives == "exact" else "finite differences, as asked for"
         self.objective: TrainingObjective | None = None
         self._looked = False
         if not self.params:

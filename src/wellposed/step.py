@@ -82,12 +82,15 @@ def mode(module: nn.Module, training: bool | None) -> Iterator[None]:
         yield
         return
     before = [(part, part.training) for part in module.modules()]
-    module.train(training)
+    # A module's attributes are slow to set, and in most steps they already are what is asked for.
+    if any(was != training for _, was in before):
+        module.train(training)
     try:
         yield
     finally:
         for part, was in before:
-            part.training = was
+            if part.training != was:
+                part.training = was
 
 
 @contextmanager

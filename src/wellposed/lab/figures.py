@@ -217,6 +217,7 @@ def line_plot(
     y_label: str,
     title: str,
     log_x: bool = False,
+    log_y: bool = False,
 ) -> str:
     """Named lines over their own places: the mean over seeds, and a band from the least to the greatest.
 
@@ -225,6 +226,7 @@ def line_plot(
         x_label, y_label: of the axes.
         title: for screen readers.
         log_x: logarithmic x axis; a place of 0 is drawn at half of the next one.
+        log_y: logarithmic y axis, for positive values.
 
     Returns:
         An `<svg>` element.
@@ -252,6 +254,8 @@ def line_plot(
             axes.plot(x, mean, color=colour, linewidth=1.8, linestyle=dashes, label=label)
         if log_x:
             axes.set_xscale("log")
+        if log_y:
+            axes.set_yscale("log")
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.legend(frameon=False, loc="best")
         return to_svg(figure, title, "lines" + title)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import lazy_loader as lazy
 
 if TYPE_CHECKING:
+    from .dropout_masks import dropout_rows as dropout_rows
     from .eigenvalues import Lanczos as Lanczos
     from .eigenvalues import PowerIteration as PowerIteration
     from .eigenvalues import lanczos as lanczos
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
+        "dropout_masks": ["dropout_rows"],
         "eigenvalues": ["Lanczos", "PowerIteration", "lanczos", "power_iteration"],
         "hessian": ["hessian_vector_product"],
         "linear_solve": ["ConjugateGradient", "conjugate_gradient"],

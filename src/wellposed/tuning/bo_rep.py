@@ -51,7 +51,7 @@ class BOREP(Tuner):
     For ONE number the update is sign descent; with several hyperparameters of different kinds the one with the largest
     gradient takes most of the step, so choose charts in which a unit means about the same for all (`chart="exp"`).
     Steps never shrink by themselves: the paper keeps `outer_lr` constant, in practice decay it (`schedule="cosine"`).
-    Clipping (`clipped_ma_soba`) is as good where one knows at which norm to clip.
+    Compare with `clipped_ma_soba`, the obvious remedy, which needs a threshold.
 
     Args:
         problem: both losses; inner must have a derivative in the hyperparameters.

@@ -20,9 +20,9 @@ class OneStepUnrolled(Tuner):
 
         w' = w - inner_lr grad_w g(w, u),     d/du f(w'(u), u) = grad_u f - inner_lr grad_u <grad_w g(w, u), grad_w f(w')>
 
-    Both terms at w', the mixed product at w on the same training batch. It takes no Hessian product, and is short-sighted:
-    what a hyperparameter does to the parameters over many steps is not seen, so that strengths of penalties come out
-    too small (Wu et al. 2018, arXiv 1803.02021).
+    f's gradients at w', the mixed product at w on the same training batch. It takes no Hessian product, and is
+    short-sighted: what a hyperparameter does to the parameters over many steps is not seen (short-horizon bias, Wu et
+    al. 2018, arXiv 1803.02021).
 
     Args:
         problem: both losses; inner must have a derivative in the hyperparameters.

@@ -1,0 +1,364 @@
+"""Self-tuning networks (STN) and Delta-STN: hyperparameters learned within one training run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..batching import as_batch, batch_size, unwrap
+from ..bilevel import BilevelProblem
+from ..hyperparameter import Hyperparameter, substituted
+from ..parameters import apply_lr_factors, clip_gradients, parameter_groups
+from ..regularizer import Regularizer, leaves
+from ..step import copied_buffers
+from ..training_objective import bare
+from ..tuner import STATE_HOOKS, StepInfo, Tuner
+from .batch_level import check_penalties, for_the_batch
+from .conversion import collapse, convert, is_converted, response_parameters, response_state
+from .perturbation import Perturbations, perturbation_entropy
+from .response_input import ResponseState
+from .schedule import Schedule
+
+MakeOptimizer = Callable[[Any], Optimizer]
+
+
+class SelfTuner(Tuner):
+    """Learns hyperparameters in one run by a network that responds to them: STN and Delta-STN.
+
+    Training steps fit the responding network under randomly perturbed hyperparameters, so that its weights become a
+    function of them; validation steps then descend the validation loss through that function. The training loss is
+    never differentiated in a hyperparameter: dropout rates, augmentations and counts can be learned.
+
+        training:    min over phi of  E_e L_train(T(u + e), w_phi(u + e)),    e ~ N(0, diag(s^2)), one for each example
+        validation:  min over u, s of E_e L_val(w_phi(u + e)) - tau H(s)
+
+    STN (MacKay et al. 2019, arXiv 1903.03088): one loss for all parameters. Delta-STN (Bae and Grosse 2020, arXiv
+    2010.13514; the default): weights W0, b0 train at the present hyperparameters, response parameters under perturbed
+    ones with predictions that are linearised in the response; W0, b0 are the network's weights at any time.
+
+    One `step` is one training step, followed by `valid_steps` validation steps whenever `train_steps` are done.
+    All hooks of a `Regularizer` are run. Under a Delta-STN a method that acts in `on_gradients` runs there twice a
+    step, for the gradients of the weights and for those of the response.
+
+    Args:
+        problem: its model is converted in place, unless it has response layers already (see `convert`).
+        weight_optimizer: of all parameters, e.g. `partial(torch.optim.SGD, lr=0.01, momentum=0.9)` (the default).
+        hyper_optimizer: of u, elementwise, e.g. `partial(torch.optim.RMSprop, lr=0.01)` (the default).
+        scale_optimizer: of the scales; as `hyper_optimizer` by default.
+        scale: initial standard deviations s in unconstrained units: one number, or one by name of hyperparameter.
+        tune_scales: whether s is learned; else validation steps use no perturbation.
+        tau: weight of the entropy: 0 lets s fall to 0, useful are 1e-5 to 1e-3.
+        train_steps, valid_steps: training and validation steps in turn.
+        warmup_steps: training steps before the first validation step.
+        delta: Delta-STN, or STN.
+        linearize: linearise predictions of a Delta-STN in the response while it learns.
+        exclude, strict: see `convert`.
+        clip_norm: largest norm of the gradient of all parameters, or None.
+        amp: `torch.bfloat16` for mixed precision in the network; losses, charts and entropy stay in float32.
+        generator, seed: of the perturbations and of the initial response.
+
+    Attributes:
+        schedule: values of the hyperparameters over training steps.
+        trained: training steps done.
+
+    Raises:
+        ValueError: for an argument out of range; for a model that cannot be converted; in the first step if a
+            hyperparameter with `per_example=True` is read for a whole batch.
+
+    Example:
+        >>> from wellposed import fit
+        >>> from wellposed.features import Dropout
+        >>> from wellposed.hyperparameter import Hyperparameter
+        >>> data = torch.utils.data.TensorDataset(torch.randn(40, 3), torch.arange(40) % 2)
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> rate = Hyperparameter(0.1, 0.0, 0.9, per_example=True)
+        >>> result = fit(net, data, validation=data, epochs=2, regularizer=Dropout(rate), tuner=SelfTuner)
+        >>> type(result.model[0]).__name__, 0 < float(rate.value) < 0.9
+        ('Linear', True)
+    """
+
+    requires = frozenset({"response_layers"})
+    drives = frozenset(STATE_HOOKS)
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        weight_optimizer: MakeOptimizer | None = None,
+        hyper_optimizer: MakeOptimizer | None = None,
+        scale_optimizer: MakeOptimizer | None = None,
+        scale: float | Mapping[str, float] = 1.0,
+        tune_scales: bool = True,
+        tau: float = 1e-3,
+        train_steps: int = 5,
+        valid_steps: int = 1,
+        warmup_steps: int = 0,
+        delta: bool = True,
+        linearize: bool = True,
+        *,
+        exclude: Collection[str] = (),
+        strict: bool = True,
+        clip_norm: float | None = None,
+        amp: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+        seed: int = 0,
+    ) -> None:
+        _check(locals())
+        self.generator = torch.Generator().manual_seed(seed) if generator is None else generator
+        if not is_converted(problem.model):
+            convert(problem.model, problem.hypers, exclude, strict, delta=delta, generator=self.generator)
+            added = set(response_parameters(problem.model))
+            problem.params.update({n: p for n, p in bare(problem.model).items() if n in added})
+        super().__init__(problem)
+        self.response = response_state(problem.model)
+        self.perturbations = Perturbations(problem.hypers)
+        if self.response.size != self.perturbations.size or self.response.centred != delta:
+            raise ValueError(
+                f"SelfTuner: the model was converted for {self.response.size} values and delta={self.response.centred}, "
+                f"but the problem has {self.perturbations.size} and delta={delta}"
+            )
+        self.delta, self.linearize = delta, linearize
+        self.tune_scales, self.tau = tune_scales, tau
+        self.train_steps, self.valid_steps, self.warmup_steps = train_steps, valid_steps, warmup_steps
+        self.clip_norm, self.amp = clip_norm, amp
+        responding = set(response_parameters(problem.model))
+        self._responding = [p for n, p in problem.params.items() if n in responding]
+        self._general = [p for n, p in problem.params.items() if n not in responding]
+        own = {
+            id(b)
+            for m in problem.model.modules()
+            if isinstance(m, (ResponseState, Hyperparameter))
+            for b in m.buffers()
+        }
+        self._has_statistics = any(id(b) not in own for b in problem.model.buffers())
+        first = next(iter(problem.params.values()))
+        self._device, self._dtype = first.device, first.dtype
+        self.u = self.perturbations.vector().to(self._device, torch.promote_types(self._dtype, torch.float32))
+        self.log_scale = _inverse_softplus(self._initial_scales(scale)).to(self.u)
+        for leaf in (self.u, self.log_scale):
+            leaf.requires_grad_()
+        if not delta:
+            self.response.reference.copy_(self.u.detach())
+        make_hyper = hyper_optimizer or partial(torch.optim.RMSprop, lr=1e-2)
+        self.weight_optimizer = self._build(weight_optimizer or partial(torch.optim.SGD, lr=0.01, momentum=0.9))
+        self.hyper_optimizer = make_hyper([self.u])
+        self.scale_optimizer = (scale_optimizer or make_hyper)([self.log_scale])
+        self.trained = 0
+        self._checked = False
+        methods = [] if problem.regularizer is None else leaves([problem.regularizer])
+        self._hooked = any(type(m).on_gradients is not Regularizer.on_gradients for m in methods)
+        self.schedule = Schedule()
+        self.schedule.record(0, self.recorded_values())
+
+    @property
+    def scale(self) -> Tensor:
+        """s: (n,) standard deviations of the perturbations, in unconstrained units."""
+        return F.softplus(self.log_scale.detach())
+
+    def step(self, train: Iterator[Any], validation: Iterator[Any]) -> StepInfo:
+        """One training step, and the validation steps that are due after it."""
+        inner = self.training_step(next(train))
+        since = self.trained - self.warmup_steps
+        if since <= 0 or since % self.train_steps:
+            return StepInfo(inner)
+        outer = 0.0
+        for _ in range(self.valid_steps):
+            outer = self.validation_step(next(validation))
+        values = self.recorded_values()
+        self.schedule.record(self.trained, values)
+        return StepInfo(inner, outer, values, {"scale": float(self.scale.mean())})
+
+    def training_step(self, batch: Any) -> float:
+        """Move all parameters once; hyperparameters and scales stay. Returns the loss at the present hyperparameters
+        (Delta-STN) or at perturbed ones (STN).
+        """
+        problem = self.problem
+        problem.begin()
+        self.weight_optimizer.zero_grad(set_to_none=True)
+        u = self.u.detach()
+        noise = self._draw(batch) * self.scale
+        perturbed = self.perturbations.split(u + noise)
+        if self.delta:
+            # The response first: what is evaluated last is what the method's own state is written from.
+            self._phase(batch, perturbed, self._input(noise), self.linearize, keep=self._responding)
+            held = {name: h.raw for name, h in problem.hypers.items()}
+            loss = self._phase(batch, held, None, False, keep=self._general)
+            in_hooks = {}
+        else:
+            k = self._input(u + noise - self.response.reference)
+            loss = self._phase(batch, perturbed, k, False, keep=None)
+            in_hooks = for_the_batch(perturbed, problem.hypers, "on_step")
+        if self.clip_norm is not None:
+            clip_gradients(problem.model, self.clip_norm)
+        self.weight_optimizer.step()
+        with substituted(in_hooks):
+            problem.on_step()
+        self.trained += 1
+        self.schedule.total = self.trained
+        return float(loss)
+
+    def validation_step(self, batch: Any) -> float:
+        """Move hyperparameters and scales once; all parameters stay. Returns the validation loss."""
+        noise = self._draw(batch) if self.tune_scales else torch.zeros_like(self.u)[None]
+        scale = F.softplus(self.log_scale)
+        moved = self.u + noise * scale
+        centre = self.u.detach() if self.delta else self.response.reference
+        with self.response.at(self._input(moved - centre)), self._autocast():
+            raw = self.perturbations.split(moved)
+            loss = self.problem.evaluate(self.problem.outer_loss, self.problem.params, raw, batch)
+        objective, leaves = loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss, [self.u]
+        if self.tune_scales:
+            objective = objective - self.tau * perturbation_entropy(scale)
+            leaves.append(self.log_scale)
+        for leaf, gradient in zip(leaves, torch.autograd.grad(objective, leaves), strict=True):
+            leaf.grad = gradient
+        self.hyper_optimizer.step()
+        if self.tune_scales:
+            self.scale_optimizer.step()
+        self._settle()
+        return float(loss.detach())
+
+    def export(self) -> nn.Module:
+        """The plain network at the present hyperparameters; it is collapsed in place, and this tuner is done."""
+        return collapse(self.problem.model)
+
+    def extra_state(self) -> dict[str, Any]:
+        return {
+            "log_scale": self.log_scale.detach().clone(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers()],
+            "generator": self.generator.get_state(),
+            "trained": self.trained,
+            "schedule": self.schedule.to_json(),
+        }
+
+    @torch.no_grad()
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.u.copy_(self.perturbations.vector())
+        self.log_scale.copy_(state["log_scale"])
+        for optimizer, saved in zip(self._optimizers(), state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.generator.set_state(state["generator"])
+        self.trained = state["trained"]
+        self.schedule = Schedule.from_json(state["schedule"])
+
+    def _phase(
+        self, batch: Any, raw: dict[str, Tensor], k: Tensor | None, linearized: bool, keep: list[Tensor] | None
+    ) -> Tensor:
+        """Put the gradients of one training loss into `.grad`, of `keep` alone (None: of all); returns the loss."""
+        problem = self.problem
+        others = [] if keep is None else self._general if keep is self._responding else self._responding
+        # What a hook does to gradients may depend on all of them: only where there is none, the others rest.
+        resting = [] if self._hooked else others
+        # Running statistics are those of the weights at the present hyperparameters.
+        foreign = keep is self._responding and self._has_statistics
+        earlier = [p.grad for p in others]
+        for parameter in others:
+            parameter.grad = None
+
+        def evaluate() -> Tensor:
+            for parameter in resting:
+                parameter.requires_grad_(False)
+            at_k = nullcontext() if k is None else self.response.at(k, linearized)
+            try:
+                with at_k, self._autocast(), copied_buffers(problem.model) if foreign else nullcontext():
+                    loss = problem.evaluate(problem.inner_loss, problem.params, raw, batch)
+                    if not self._checked:
+                        check_penalties(problem, raw)
+                        self._checked = True
+                    return loss
+            finally:
+                for parameter in resting:
+                    parameter.requires_grad_(True)
+
+        loss = evaluate()
+        loss.backward()  # type: ignore[no-untyped-call]
+        if keep is not self._responding:
+            problem.write_state()
+        if self._hooked:
+            with substituted(for_the_batch(raw, {} if k is None else problem.hypers, "on_gradients")):
+                problem.on_gradients(evaluate)
+        for parameter, gradient in zip(others, earlier, strict=True):
+            parameter.grad = gradient
+        return loss.detach()
+
+    def _draw(self, batch: Any) -> Tensor:
+        """Standard normal numbers for as many examples as a batch holds."""
+        rows = _examples(batch) if self.perturbations.per_example else 1
+        return self.perturbations.draw(rows, self.generator).to(self.u)
+
+    def _input(self, k: Tensor) -> Tensor:
+        return k.to(self._dtype)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.amp is None else torch.autocast(self._device.type, dtype=self.amp)
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Make u what the hyperparameters and the resting network read."""
+        self.perturbations.clamp_(self.u)
+        self.perturbations.write(self.u)
+        if not self.delta:
+            self.response.rest.copy_(self.u - self.response.reference)
+
+    def _build(self, make: MakeOptimizer) -> Optimizer:
+        objective = self.problem.objective
+        if objective is None:
+            return make(list(self.problem.params.values()))
+        wishes = objective.regularizer.parameter_groups(unwrap(self.problem.model))
+        optimizer = make(parameter_groups(self.problem.model, wishes))
+        apply_lr_factors(optimizer)
+        objective.optimizer = optimizer
+        return optimizer
+
+    def _optimizers(self) -> list[Optimizer]:
+        return [self.weight_optimizer, self.hyper_optimizer, self.scale_optimizer]
+
+    def _initial_scales(self, scale: float | Mapping[str, float]) -> Tensor:
+        named = dict.fromkeys(self.problem.hypers, scale) if not isinstance(scale, Mapping) else dict(scale)
+        if set(named) != set(self.problem.hypers):
+            raise ValueError(f"SelfTuner: scale must name all of {sorted(self.problem.hypers)}, got {sorted(named)}")
+        found = torch.empty(self.perturbations.size)
+        for name, value in named.items():
+            if not 0 < value < math.inf:  # type: ignore[operator]
+                raise ValueError(f"SelfTuner: scale must be > 0 and finite, got {value} for {name!r}")
+            found[self.perturbations.slices[name]] = float(value)  # type: ignore[arg-type]
+        return found
+
+
+def _inverse_softplus(value: Tensor) -> Tensor:
+    return value + torch.log(-torch.expm1(-value))
+
+
+def _examples(batch: Any) -> int:
+    """Examples of a batch.
+
+    Raises:
+        ValueError: for a batch that does not tell.
+    """
+    try:
+        return batch_size(as_batch(batch))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "SelfTuner: hyperparameters with per_example=True need batches of (inputs, targets), a dict or a Batch, "
+            f"got {type(batch).__name__}"
+        ) from error
+
+
+def _check(arguments: Mapping[str, Any]) -> None:
+    for name, least in (("train_steps", 1), ("valid_steps", 1), ("warmup_steps", 0)):
+        value = arguments[name]
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"SelfTuner: {name} must be an integer >= {least}, got {value!r}")
+    if not 0 <= arguments["tau"] < math.inf:
+        raise ValueError(f"SelfTuner: tau must be >= 0 and finite, got {arguments['tau']!r}")
+    if arguments["clip_norm"] is not None and not arguments["clip_norm"] > 0:
+        raise ValueError(f"SelfTuner: clip_norm must be > 0, got {arguments['clip_norm']!r}")
+    if arguments["amp"] not in (None, torch.bfloat16):
+        raise ValueError(f"SelfTuner: amp must be None or torch.bfloat16, got {arguments['amp']!r}")
