@@ -17,7 +17,8 @@ settings.load_profile("wellposed")
 CHECKED = [
     *("accumulation", "averaging", "batching", "bilevel", "charts", "compose", "evaluation", "hyperparameter"),
     *("indexed_dataset", "metrics", "numerics", "objective", "pair", "parameters", "regularizer", "sample_table"),
-    *("step", "weights", "losses", "features", "gradients"),
+    *("step", "training_objective", "tuner", "loading"),
+    *("weights", "losses", "features", "gradients", "tuning", "inverse"),
 ]
 sys.path.insert(0, str(Path(__file__).parent / "tests" / "support"))
 hook = install_import_hook([f"wellposed.{name}" for name in CHECKED], "wellposed_typechecker.check")

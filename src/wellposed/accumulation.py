@@ -14,7 +14,7 @@ from torch import Tensor
 from .batching import batch_size, call_model, cut
 from .objective import Criterion, objective
 from .regularizer import Regularizer
-from .step import Step, collect_records, copied_buffers
+from .step import Step, collect_records, copied_buffers, random_numbers, restore_random_numbers
 
 
 class Accumulation:
@@ -60,7 +60,7 @@ class Accumulation:
         self.unscale = unscale
         self.synchronize = synchronize
         self.steps = micro_steps(pool, parts)
-        self._random: list[dict[str, Any]] = []
+        self._random: list[dict[str, Tensor]] = []
         self._device = next((p.device for p in pool.model.parameters()), torch.device("cpu"))
 
     def run(self) -> Tensor:
@@ -115,20 +115,16 @@ class Accumulation:
             self.backward(loss)
         return loss.detach()
 
-    def _random_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    def _random_state(self) -> dict[str, Tensor]:
+        state = random_numbers(self._device)
         if self.pool.generator is not None:
             state["generator"] = self.pool.generator.get_state()
-        if self._device.type != "cpu":
-            state["device"] = torch.get_device_module(self._device).get_rng_state(self._device)
         return state
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        torch.set_rng_state(state["cpu"])
+    def _restore(self, state: dict[str, Tensor]) -> None:
+        restore_random_numbers(state, self._device)
         if self.pool.generator is not None:
             self.pool.generator.set_state(state["generator"])
-        if "device" in state:
-            torch.get_device_module(self._device).set_rng_state(state["device"], self._device)
 
 
 def micro_steps(pool: Step, parts: int) -> list[Step]:

@@ -93,6 +93,21 @@ def mode(module: nn.Module, training: bool | None) -> Iterator[None]:
                 part.training = was
 
 
+def random_numbers(device: torch.device) -> dict[str, Tensor]:
+    """The random state of the CPU and of a device, by which an evaluation can be repeated."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        state["device"] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def restore_random_numbers(state: dict[str, Tensor], device: torch.device) -> None:
+    """Continue from `random_numbers`."""
+    torch.set_rng_state(state["cpu"])
+    if "device" in state:
+        torch.get_device_module(device).set_rng_state(state["device"], device)
+
+
 @contextmanager
 def forked_rng(module: nn.Module) -> Iterator[None]:
     """Give the random state back after the block, on the CPU and on the module's device."""

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from .batching import as_batch, batch_size, call_model, unwrap
 from .objective import Criterion, objective
 from .regularizer import Regularizer
-from .step import LoopServices, Step, collect_records, copied_buffers, mode
+from .step import (
+    LoopServices,
+    Step,
+    collect_records,
+    copied_buffers,
+    mode,
+    random_numbers,
+    restore_random_numbers,
+)
 
 
 @dataclass
@@ -62,7 +70,8 @@ class TrainingObjective(nn.Module):
         self.generator = torch.Generator().manual_seed(seed)
         self._draw = 0
         self.last: Step | None = None
-        self._random: Tensor | None = None
+        self._random: dict[str, Tensor] | None = None
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._replays = "on_gradients" in regularizer.acts_in
         self.begin()
 
@@ -94,7 +103,7 @@ class TrainingObjective(nn.Module):
         step = self.step(sample)
         if training:
             if self._replays:
-                self._random = torch.get_rng_state()
+                self._random = random_numbers(self._device)
             # Inside the evaluation, so that a strength which acts on inputs or targets has a derivative.
             regularizer.on_batch(step)
         with mode(self.model, training), collect_records() as records, step.services.autocast():
@@ -134,13 +143,13 @@ class TrainingObjective(nn.Module):
         def closure() -> Tensor:
             for parameter in self.model.parameters():
                 parameter.grad = None
-            before = torch.get_rng_state()
+            before = random_numbers(self._device)
             assert start is not None
-            torch.set_rng_state(start)
+            restore_random_numbers(start, self._device)
             with torch.enable_grad(), copied_buffers(self.model):
                 loss = evaluate()
                 loss.backward()  # type: ignore[no-untyped-call]
-            torch.set_rng_state(before)
+            restore_random_numbers(before, self._device)
             return loss.detach()
 
         self.services.closure = closure

@@ -1,17 +1,20 @@
 """STN's study: the problem is what the card says, arms and estimands do what they say, smoke runs everything."""
 
 import math
+import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from wellposed.datasets.registry import ENVIRONMENT, DatasetNotInstalled
 from wellposed.hyperparameter import substituted
 from wellposed.lab.study import Seed, protocol_of
 from wellposed.lab.study_run import StudyOptions, run_study
 from wellposed.lab.trial import Outcome, Trial
 from wellposed.papers.catalogue import find_card
-from wellposed.step import DivergenceError, Step
+from wellposed.step import DivergenceError, LoopServices, Step
 from wellposed.studies import stn
 from wellposed.studies.problems.exact_responses import (
     affine_response,
@@ -39,6 +42,8 @@ from wellposed.studies.problems.strength_search import (
     successive_halving,
     tpe_sampler,
 )
+from wellposed.studies.published import stn as published
+from wellposed.studies.published.images import CHECKPOINTS
 from wellposed.studies.stn import ARMS, STUDY, overfits, overfits_and_tuning_helps, run
 
 SETTINGS = {
@@ -330,6 +335,74 @@ def test_estimands_are_those_of_the_card():
     assert [c.holds for c in overfits([seed])] == [True]
     diverged = Seed(1000, {**outcomes, "stn": Outcome("diverged")}, {"ce": math.log(10)})
     assert STUDY.estimands["stn-beats-tuned-plain"](diverged) == pytest.approx(log(0.58 / log(10)))
+
+
+# The published configuration
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        images = generator.integers(0, 256, (20, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({b"data": images, b"labels": [i % 10 for i in range(20)]}, protocol=4))
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path))
+    monkeypatch.setenv(CHECKPOINTS, str(tmp_path / "checkpoints"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["plain", "stn", "delta_stn"])
+def test_the_published_arms_run_end_to_end(arm, cifar):
+    settings = protocol_of(find_card("stn")).paper.arms[arm].fixed
+    tiny = {**settings, "width": 1 / 64, "batch_size": 20, "epochs": 2, "warmup_epochs": 0}
+    result = published.run(Trial("s", arm, "paper", "evaluate", tiny, 1000, "f"))
+    assert 0 < result.metrics["nll"] < 5 and len(result.curves["test"]) == 2
+    assert "nll" not in published.run(Trial("s", arm, "paper", "tune", tiny, 0, "f")).metrics
+
+
+def test_the_published_network_has_its_fifteen_hyperparameters_and_size():
+    network = published.alexnet(1 / 16, 10, 0)
+    assert len([m for m in network if hasattr(m, "rate")]) == 8
+    assert network.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    wide = {n: tuple(16 * d if d not in (3, 10) else d for d in p.shape) for n, p in network.named_parameters()}
+    assert [shape[0] for n, shape in wide.items() if n.endswith("weight")] == [64, 192, 384, 256, 256, 4096, 4096, 10]
+
+
+def test_absent_images_are_named_before_any_training(tmp_path, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path))
+    with pytest.raises(DatasetNotInstalled, match="cifar-10-batches-py"):
+        run_study(published.STUDY, find_card("stn"), StudyOptions("paper", tmp_path / "out", engine="serial"))
+
+
+def test_colours_turn_around_grey_and_jitter_of_zero_changes_nothing():
+    x = torch.rand(4, 3, 5, 5)
+    full = published._turned(x, torch.full((4,), 2 * math.pi))
+    torch.testing.assert_close(full, x, rtol=0, atol=1e-5)
+    third = published._turned(x, torch.full((4,), 2 * math.pi / 3))
+    torch.testing.assert_close(third, x.roll(1, 1), rtol=0, atol=1e-5)
+    half = published._turned(x, torch.full((4,), 1.0))
+    torch.testing.assert_close(half.mean(1), x.mean(1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(half.square().sum(1), x.square().sum(1), rtol=1e-5, atol=1e-5)
+    jitter = published.ColourJitter(
+        **{n: published.tuned(1e-6, 0.5) for n in ("hue", "contrast", "saturation", "brightness")}
+    )
+    step = Step(torch.nn.Identity(), inputs=x, generator=torch.Generator().manual_seed(0))
+    jitter.on_batch(step)
+    torch.testing.assert_close(step.inputs, x, rtol=0, atol=1e-4)
+
+
+def test_the_learning_rate_drops_on_a_plateau_until_it_is_spent():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
+    drop, stopped = published.DropOnPlateau(), []
+    losses = [1.0, *[2.0] * 70]
+    for epoch, loss in enumerate(losses, start=1):
+        services = LoopServices(validate=lambda loss=loss: {"loss": loss}, stop=stopped.append)
+        drop.on_epoch(Step(torch.nn.Identity(), optimizer, epoch=epoch, epochs=100, services=services))
+        if stopped:
+            break
+    assert epoch == 65 and optimizer.param_groups[0]["lr"] == pytest.approx(1e-6)
 
 
 # Exact claims

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from jaxtyping import config
 
 from wellposed import Hyperparameter
 from wellposed.studies.problems.decoupled_quadratic import DecoupledQuadratic
@@ -27,6 +28,17 @@ from wellposed.tuning.line_search import capped
 from wellposed.tuning.sufficient_decrease import certified_change, lower_value, upper_value
 
 F64 = torch.float64
+
+
+@pytest.fixture
+def unchecked():
+    """Let bad arguments reach our own errors: jaxtyping would refuse them first."""
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", before)
+
+
 RIVALS = {
     "maid": lambda p: MAID(p, 0.1, 0.1, 1.0),
     "accelerated": lambda p: MAID(p, 0.1, 0.1, 1.0, accelerate=True),
@@ -365,6 +377,7 @@ def test_float32_works_down_to_its_floor_and_says_so():
         ({"mu": 1.0}, "belong to a plain BilevelProblem"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_arguments_out_of_range_are_named(changes, words):
     with pytest.raises(ValueError, match=words):
         MAID(DecoupledQuadratic(0, 10.0).levels(), **changes)
@@ -388,6 +401,7 @@ def test_armijo_above_eta_is_allowed_where_nothing_is_tested():
         (lambda p: MAID(p).run(max_outer=0), "max_outer must be > 0"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_the_rivals_and_run_name_their_arguments(make, words):
     with pytest.raises(ValueError, match=words):
         make(DecoupledQuadratic(0, 10.0).levels())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import config
 
 from wellposed.tuning import (
     Estimated,
@@ -19,6 +20,15 @@ from wellposed.tuning.constants import as_constant
 from wellposed.tuning.strongly_convex import accelerated_gradient
 
 F64 = torch.float64
+
+
+@pytest.fixture
+def unchecked():
+    """Let bad arguments reach our own errors: jaxtyping would refuse them first."""
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", before)
 
 
 def quadratic(condition, size=20, seed=0):
@@ -202,6 +212,7 @@ def test_estimates_are_widened_on_the_safe_side_and_known_constants_are_not():
     [("2", TypeError, "mu must be a number"), (True, TypeError, "mu must be a number"), (-1.0, ValueError, ">= 0"),
      (math.nan, ValueError, ">= 0 and finite")],
 )  # fmt: skip
+@pytest.mark.usefixtures("unchecked")
 def test_constants_of_another_kind_are_refused(value, error, words):
     with pytest.raises(error, match=words):
         as_constant(value, "LowerLevel", "mu")

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from jaxtyping import config
 from scipy.optimize import minimize_scalar
 from torch import nn
 
@@ -15,6 +16,15 @@ from wellposed.tuning import HOAG, MAID, CertifiedProblem, FixedArmijo, FixedSte
 from wellposed.tuning.certified_problem import largest_curvature
 
 F64 = torch.float64
+
+
+@pytest.fixture
+def unchecked():
+    """Let bad arguments reach our own errors: jaxtyping would refuse them first."""
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", before)
 
 
 class SquaredPenalty(Regularizer):
@@ -203,12 +213,14 @@ def test_a_hyperparameter_that_the_training_loss_cannot_feel_is_refused():
         ({"hypers": {"a": Hyperparameter(2.0, discrete=True)}}, ValueError, "is discrete"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_an_inner_problem_that_makes_no_sense_is_refused(changes, error, words):
     arguments = {"x0": torch.zeros(2), "hypers": {"a": Hyperparameter(1.0)}, "mu": 1.0, "L": 1.0, **changes}
     with pytest.raises(error, match=words):
         LowerLevel(lambda x, v: x.square().sum(), **arguments)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_losses_of_the_wrong_shape_are_named():
     h = {"a": Hyperparameter(1.0)}
     lower = LowerLevel(lambda x, v: x.square(), torch.zeros(2), h, 1.0, 2.0)

@@ -10,7 +10,7 @@ from torch import nn
 
 from wellposed import Compose, Hyperparameter, Regularizer, TensorLoader, fit
 from wellposed.bilevel import BilevelProblem
-from wellposed.features import Cutout, Dropout, InputNoise
+from wellposed.features import Cutout, InputNoise
 from wellposed.gradients import perturbed
 from wellposed.loading import EndlessBatches
 from wellposed.losses import LabelSmoothing
@@ -512,21 +512,21 @@ def test_a_strength_moves_to_where_plain_training_validates_better(delta):
     y = (x[:, :6].sum(1) + 1.5 * torch.randn(400, generator=generator) > 0).long()
     train, validation = TensorLoader(x[:60], y[:60], batch_size=60), TensorLoader(x[60:], y[60:], batch_size=340)
 
-    def run(rate, decay, **options):
+    def run(decay, **options):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(36, 32), nn.ReLU(), nn.Linear(32, 2))
-        regularizer = Compose(Dropout(rate), WeightDecay(decay))
+        regularizer = WeightDecay(decay)
         found = fit(model, train, validation=validation, epochs=150, regularizer=regularizer, **options)
         return found.history[-1]["validation_loss"]
 
     optimizer = partial(torch.optim.SGD, lr=0.03, momentum=0.9)
-    start = run(0.5, 1e-3, optimizer=optimizer)
-    assert run(0.5, 3e-2, optimizer=optimizer) < start - 0.1
-    rate, decay = example(0.5, low=0.0, high=0.9), example(1e-3, chart="exp")
+    start = run(1e-3, optimizer=optimizer)
+    assert run(1e-1, optimizer=optimizer) < start - 0.1
+    decay = example(1e-3, chart="exp")
     hyper = partial(torch.optim.RMSprop, lr=0.05)
-    tuner = partial(SelfTuner, weight_optimizer=optimizer, hyper_optimizer=hyper, scale=0.5, train_steps=2, delta=delta)
-    assert run(rate, decay, tuner=partial(tuner, warmup_steps=20)) < start - 0.1
-    assert float(decay.value) > 5e-3
+    tuner = partial(SelfTuner, weight_optimizer=optimizer, hyper_optimizer=hyper, train_steps=2, delta=delta)
+    assert run(decay, tuner=partial(tuner, warmup_steps=20)) < start - 0.1
+    assert float(decay.value) > 2e-2
 
 
 # Refusals

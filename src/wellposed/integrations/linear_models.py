@@ -9,7 +9,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..tuning.lower_level import Values
-from ..tuning.strongly_convex import solve_strongly_convex
 
 INTERCEPT_PENALTY = 1e-3
 
@@ -182,17 +181,6 @@ class LogisticLevels:
         log_p = torch.log_softmax(w @ self._held_out_columns, 0)
         loss = -(log_p * self._held_out_targets).sum() / len(self.validation)
         return loss, (log_p.exp() - self._held_out_targets) @ self.validation / len(self.validation)
-
-    def solve(self, penalty: Tensor, eps: float = 1e-6) -> Tensor:
-        """Coefficients under given penalties, to a certified distance."""
-        values = {"weight": penalty}
-        gram = (
-            self.inputs.T @ self.inputs if self.inputs.shape[1] <= len(self.inputs) else self._columns.T @ self._columns
-        )
-        L = 0.5 * float(torch.linalg.eigvalsh(gram)[-1]) / len(self.inputs) + float(self.largest_weight(values))
-        return solve_strongly_convex(
-            lambda w: self.objective(w, values), self.start(), float(self.mu(values)), L, eps
-        ).x
 
 
 class _RidgeCurvature:

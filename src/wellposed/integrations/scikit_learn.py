@@ -89,19 +89,25 @@ class _BilevelLinear(BaseEstimator):  # type: ignore[misc]
         parts = train_test_split(X, y, test_size=held_out, random_state=seed, stratify=labels)
         return parts[0], parts[1], parts[2], parts[3]
 
-    def _learn(self, levels: RidgeLevels | LogisticLevels, features: int) -> Tensor:
-        """Descend on the penalties; returns the learned ones, (features,)."""
-        shape = (features,) if self.penalty == "per_feature" else ()
-        weight = Hyperparameter(self.initial_penalty, LEAST_PENALTY, chart="exp", shape=shape).double()
-        L_data, L_g = (largest_eigenvalue(matrix) for matrix in (levels.inputs, levels.validation))
+    def _lower(self, levels: RidgeLevels | LogisticLevels, weight: Hyperparameter) -> LowerLevel:
+        """The inner problem with its moduli, solved by Newton's method."""
+        bound = _scaled(largest_eigenvalue(levels.inputs), levels.curvature_bound, levels.largest_weight)
+        diagonal = isinstance(levels, RidgeLevels) and weight.raw.ndim
         lower = LowerLevel(
-            levels.objective, levels.start(), {"weight": weight}, mu=levels.mu,
-            L=_scaled(L_data, levels.curvature_bound, levels.largest_weight), quadratic=levels.quadratic,
-            J_norm=Known(levels.jacobian_norm) if isinstance(levels, RidgeLevels) and shape else None,
-            L_J=(lambda v: v["weight"].max()) if levels.quadratic else None,
+            levels.objective, levels.start(), {"weight": weight}, mu=levels.mu, L=bound, quadratic=levels.quadratic,
+            J_norm=Known(levels.jacobian_norm) if isinstance(levels, RidgeLevels) and diagonal else None,
+            L_J=levels.largest_weight if levels.quadratic else None,
             gradient=levels.gradient, curvature=levels.second,
         )  # fmt: skip
         lower.solver = newton_solver(lower)
+        return lower
+
+    def _learn(self, levels: RidgeLevels | LogisticLevels, features: int) -> Hyperparameter:
+        """Descend on the penalties; returns the learned ones."""
+        shape = (features,) if self.penalty == "per_feature" else ()
+        weight = Hyperparameter(self.initial_penalty, LEAST_PENALTY, chart="exp", shape=shape).double()
+        lower = self._lower(levels, weight)
+        L_g = largest_eigenvalue(levels.validation)
         bound = _scaled(L_g, levels.curvature_bound, None)
         upper = UpperLoss(levels.loss, bound, convex=True, gradient=levels.loss_and_gradient)
         with warnings.catch_warnings():
@@ -119,7 +125,8 @@ class _BilevelLinear(BaseEstimator):  # type: ignore[misc]
         self.n_iter_ = len(tuner.history)
         self.status_ = tuner.status
         self.validation_loss_ = tuner.history[-1].outer_loss
-        return weight.value.detach().expand(features).clone()
+        self.penalty_ = weight.value.expand(features).numpy().copy()
+        return weight
 
 
 class BilevelRidge(RegressorMixin, _BilevelLinear):  # type: ignore[misc]
@@ -171,16 +178,15 @@ class BilevelRidge(RegressorMixin, _BilevelLinear):  # type: ignore[misc]
         levels = RidgeLevels(
             scale.inputs(train), scale.targets(target), scale.inputs(held_out), scale.targets(held_out_target)
         )
-        penalty = self._learn(levels, X.shape[1])
+        self._learn(levels, X.shape[1])
         if X_val is None:
             scale = Standardisation(X, y, self.fit_intercept)
             train, target = X, y
         inputs, centred = scale.inputs(train), scale.targets(target)
-        system = inputs.T @ inputs / len(inputs) + torch.diag(penalty)
+        system = inputs.T @ inputs / len(inputs) + torch.diag(torch.from_numpy(self.penalty_))
         w = torch.linalg.solve(system, inputs.T @ centred / len(inputs)).numpy()
         self.coef_ = w / scale.scale
         self.intercept_ = float(scale.target_mean - scale.mean @ self.coef_) if self.fit_intercept else 0.0
-        self.penalty_ = penalty.numpy()
         return self
 
     def predict(self, X: Any) -> np.ndarray:
@@ -234,17 +240,17 @@ class BilevelLogisticRegression(ClassifierMixin, _BilevelLinear):  # type: ignor
         train, held_out, target, held_out_target = self._split(X, codes, X_val, y_val, stratify=True)
         scale = Standardisation(train, None, self.fit_intercept)
         levels = self._levels(scale, train, target, held_out, held_out_target)
-        penalty = self._learn(levels, X.shape[1])
+        weight = self._learn(levels, X.shape[1])
         if X_val is None:
             scale = Standardisation(X, None, self.fit_intercept)
             levels = self._levels(scale, X, codes, held_out, held_out_target)
-        w = levels.solve(penalty).numpy()
+        w = self._coefficients(levels, weight).numpy()
         weights, bias = (w[:, :-1], w[:, -1]) if self.fit_intercept else (w, np.zeros(len(w)))
         weights = weights / scale.scale
         bias = bias - weights @ scale.mean if self.fit_intercept else bias
         if len(self.classes_) == 2:
             weights, bias = weights[1:] - weights[:1], bias[1:] - bias[:1]
-        self.coef_, self.intercept_, self.penalty_ = weights, bias, penalty.numpy()
+        self.coef_, self.intercept_ = weights, bias
         return self
 
     def _levels(
@@ -254,6 +260,14 @@ class BilevelLogisticRegression(ClassifierMixin, _BilevelLinear):  # type: ignor
             scale.inputs(X), torch.from_numpy(y), scale.inputs(X_val), torch.from_numpy(np.asarray(y_val)),
             len(self.classes_), self.fit_intercept,
         )  # fmt: skip
+
+    def _coefficients(self, levels: LogisticLevels, weight: Hyperparameter) -> Tensor:
+        """The inner solution under the learned penalties, to 1e-8."""
+        lower = self._lower(levels, weight)
+        values = {"weight": weight.value}
+        mu, L = lower.mu.lower(values), lower.L.upper(values)
+        assert lower.solver is not None
+        return lower.solver(lower.x0, values, mu, L, 1e-8, 100_000, None).x[0]
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Scores: (examples, classes), or (examples,) for two classes."""
@@ -287,8 +301,8 @@ def largest_eigenvalue(inputs: Tensor) -> Constant:
     if min(n, p) <= EXACT_UP_TO:
         gram = inputs @ inputs.T if n < p else inputs.T @ inputs
         return Known(max(0.0, float(torch.linalg.eigvalsh(gram)[-1])) / n)
-    start = torch.ones(p, dtype=inputs.dtype)
-    found = lanczos(lambda v: inputs.T @ (inputs @ v), p, 20, start=start).ritz()[0]
+    generator = torch.Generator().manual_seed(0)
+    found = lanczos(lambda v: inputs.T @ (inputs @ v), p, min(20, p), generator, dtype=inputs.dtype).ritz()[0]
     return Estimated(float(found[-1]) / n, safety=1.1)
 
 

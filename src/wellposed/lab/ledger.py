@@ -11,7 +11,7 @@ from typing import Any
 
 import jsonschema
 
-from ..papers.catalogue import Card
+from ..papers.catalogue import Card, load_cards
 from .files import write_atomically
 from .record import claims_by_id, ledger_entry, seeds_of, verdict_entry
 from .study import Study, judge_claims, protocol_of
@@ -170,6 +170,11 @@ def summary(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
         if claim is not None:
             sentence = verdict_sentence(claim, entry["scale"], entry["seeds"], labels_of(entry))
             lines[slug] = {"date": entry["date"], "sentence": sentence, **{key: claim[key] for key in _SUMMARY}}
+            card = load_cards().get(slug)
+            beside = card.beside if card is not None else ""
+            if other := next((c for c in entry["claims"] if c["id"] == beside), None):
+                words = verdict_sentence(other, entry["scale"], entry["seeds"], labels_of(entry))
+                lines[slug]["beside"] = {"statement": other["statement"], "sentence": words}
     return lines
 
 

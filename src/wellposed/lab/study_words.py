@@ -224,8 +224,20 @@ def _against(claim: Mapping[str, Any], name: str, labels: Mapping[str, str] | No
 
 
 def labels_of(record: Mapping[str, Any]) -> dict[str, str]:
-    """The labels of the arms of a record or ledger entry, by name."""
-    return {name: arm["label"] for name, arm in record["arms"].items()}
+    """The labels of the arms of a record or ledger entry, by name; also by what the names of arms with one label begin
+    with: a study that runs a method on several problems compares `soba`, its arms are `soba_r4` and `soba_rnn`.
+
+    Example:
+        >>> labels_of({"arms": {"soba_r4": {"label": "SOBA"}, "soba_rnn": {"label": "SOBA"}}})["soba"]
+        'SOBA'
+    """
+    labels = {name: arm["label"] for name, arm in record["arms"].items()}
+    stems: dict[str, set[str]] = {}
+    for name, label in labels.items():
+        parts = name.split("_")
+        for end in range(1, len(parts)):
+            stems.setdefault("_".join(parts[:end]), set()).add(label)
+    return {**{stem: min(found) for stem, found in stems.items() if len(found) == 1}, **labels}
 
 
 def run_notes(record: Mapping[str, Any], card: Card) -> list[str]:

@@ -26,7 +26,7 @@ def smoothed_cross_entropy(
     Args:
         logits: (batch, classes) or (batch, length, classes).
         targets: integer classes, or probabilities of the logits' shape; -100 marks a position without target.
-        smoothing: s in [0, 1], a float or a tensor.
+        smoothing: s in [0, 1], a float or a tensor; (batch,) for one an example.
 
     Returns:
         (batch,) or (batch, length).
@@ -40,6 +40,8 @@ def smoothed_cross_entropy(
     uniform = -logits.log_softmax(-1).mean(-1).to(hard.dtype)
     if not targets.is_floating_point():
         uniform = uniform.where(targets != IGNORE_INDEX, uniform.new_zeros(()))
+    if isinstance(smoothing, Tensor) and 0 < smoothing.ndim < hard.ndim:  # one for each sequence of a batch
+        smoothing = smoothing.reshape(smoothing.shape + (1,) * (hard.ndim - smoothing.ndim))
     return hard * (1.0 - smoothing) + uniform * smoothing
 
 

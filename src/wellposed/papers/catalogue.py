@@ -57,7 +57,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class Card:
-    """One paper. Attributes are the keys of its TOML file; see `docs/architecture.md`."""
+    """One paper. Attributes are the keys of its TOML file; see `docs/architecture.md`.
+
+    `beside` names a claim whose verdict must stand beside the primary one wherever that is shown alone.
+    """
 
     slug: str
     name: str
@@ -83,6 +86,7 @@ class Card:
     study: str = ""
     cost: str = ""
     claims: tuple[Claim, ...] = ()
+    beside: str = ""
     protocol: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -94,6 +98,8 @@ class Card:
             raise ValueError(f"{self.slug}: date must read YYYY-MM or YYYY-MM-DD, got {self.date!r}")
         if sum(claim.primary for claim in self.claims) > 1:
             raise ValueError(f"{self.slug}: only one claim may be primary")
+        if self.beside and self.beside not in {claim.id for claim in self.claims}:
+            raise ValueError(f"{self.slug}: beside must name a claim, got {self.beside!r}")
 
     @property
     def year(self) -> str:

@@ -112,8 +112,12 @@ def _finding(card: Card) -> str:
     line = load_verdicts().get(card.slug)
     if line is None:
         return verdict_line(card)
-    sentence = line["sentence"]
-    return f"{line['statement']} **{sentence[0].upper()}{sentence[1:]}**"
+    return " ".join(_statement_and_verdict(part) for part in (line, line.get("beside")) if part)
+
+
+def _statement_and_verdict(part: dict[str, Any]) -> str:
+    sentence = part["sentence"]
+    return f"{part['statement']} **{sentence[0].upper()}{sentence[1:]}**"
 
 
 def _protocol(card: Card) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -332,12 +333,15 @@ class InexactTuner(Tuner):
         if self.status == "budget":
             self.status = "running"
         batches = [
-            None if loader is None else EndlessBatches(loader, name)
+            # A certified problem holds its data: there is nothing to take.
+            itertools.repeat(None) if loader is None else EndlessBatches(loader, name)
             for loader, name in ((train, "train"), (validation, "validation"))
         ]
+        if not isinstance(self.problem, CertifiedProblem) and (train is None or validation is None):
+            raise ValueError(f"{owner}.run: a plain BilevelProblem needs loaders of its batches")
         taken = 0
         while self.status == "running" and (limit is None or taken < limit):
-            self.history.append(self.checked_step(*batches))  # type: ignore[arg-type]
+            self.history.append(self.checked_step(*batches))
             taken += 1
         return self.history
 

@@ -86,11 +86,11 @@ def response_linear(
 
 def response_weight(
     k: Float[Tensor, " n"],
-    weight: Float[Tensor, "channels ..."],
-    varied: Float[Tensor, "channels ..."],
+    weight: Float[Tensor, "*weight"],
+    varied: Float[Tensor, "*weight"],
     scale: Float[Tensor, "channels n"],
     channel: int = 0,
-) -> Float[Tensor, "channels ..."]:
+) -> Float[Tensor, "*weight"]:
     """The weight itself at one response input: W0 + diag(V k) W1.
 
     Args:
