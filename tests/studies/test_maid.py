@@ -14,7 +14,6 @@ from wellposed.studies import maid
 from wellposed.studies.maid import (
     ACCURACIES,
     GRID,
-    HINDSIGHT,
     METHODS,
     RIVALS,
     STUDY,
@@ -276,16 +275,6 @@ def test_the_metrics_of_the_grid_are_those_of_its_final_losses():
     expected = [(loss - metrics["f_star"]) / (metrics["f_start"] - metrics["f_star"]) for loss in losses]
     assert gaps == pytest.approx(expected)
     assert "success_10" in metrics
-
-
-def test_a_setting_chosen_on_pilots_is_reported_beside_the_grid(monkeypatch):
-    arm = "quadratic_hoag_geometric"
-    assert set(HINDSIGHT) <= set(PROTOCOL.arms) and all(0 <= number < len(GRID) for number in HINDSIGHT.values())
-    monkeypatch.setattr(maid, "HINDSIGHT", {arm: 6})
-    result = run(trial(arm, budget=2000))
-    assert result.metrics["hindsight_cost"] == result.curves["cost"][1]  # every sixth setting: the second one
-    monkeypatch.setattr(maid, "HINDSIGHT", {arm: 5})  # not run at this scale
-    assert "hindsight_cost" not in run(trial(arm, budget=2000)).metrics
 
 
 def test_cost_is_counted_to_the_gap_and_is_the_budget_where_it_is_never_reached():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +43,6 @@ OUTER_STEPS = 400
 
 METHODS = ("maid", "maid_accelerated", "hoag_geometric", "hoag_quadratic", "hoag_cubic", "fixed_step", "fixed_armijo")
 RIVALS = ("hoag_geometric", "hoag_quadratic", "hoag_cubic", "fixed_step", "fixed_armijo")
-
-HINDSIGHT: Mapping[str, int] = {}
-"""Setting of the grid that did best on seeds 0 to 3, by arm."""
 
 
 def make_tuner(method: str, problem: CertifiedProblem, eps: float, size: float, natural: float) -> InexactTuner:
@@ -159,7 +156,6 @@ def _quadratic(trial: Trial) -> TrialResult:
     ]
     metrics = {"reached": statistics.fmean(cost < budget for cost in costs), "cost_median": statistics.median(costs)}
     metrics |= {"cost_least": min(costs), "cost_most": max(costs)}
-    metrics |= _hindsight(trial, "cost", costs)
     if method == "fixed_step":
         tuner: InexactTuner = FixedStep(problem.levels(), 1e-4, 1.0 / problem.L_f)
         metrics["claimed_cost"] = cost_to_gap(problem, tuner, budget)
@@ -213,7 +209,6 @@ def _spread(trial: Trial, losses: Sequence[float], reference: Reference | None) 
         "median_log_loss": statistics.median(logs),
         "least_loss": min(losses),
         "most_loss": max(losses),
-        **_hindsight(trial, "loss", losses),
     }
     if reference is not None:
         gaps = [reference.gap(loss) for loss in losses]
@@ -223,12 +218,6 @@ def _spread(trial: Trial, losses: Sequence[float], reference: Reference | None) 
             if part:
                 found[f"success_{eps:g}"] = statistics.fmean(part)
     return found
-
-
-def _hindsight(trial: Trial, what: str, values: Sequence[float]) -> dict[str, float]:
-    number = HINDSIGHT.get(trial.arm)
-    numbers = [number for number, _, _ in _grid(trial)]
-    return {f"hindsight_{what}": values[numbers.index(number)]} if number in numbers else {}
 
 
 # ── exact claims ──────────────────────────────────────────────────────────────────────────────────────────────────
