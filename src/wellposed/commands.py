@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from . import __version__, study_commands
+from . import __version__, study_commands, tune_commands
 
 app = typer.Typer(
     name="wellposed",
@@ -28,6 +28,10 @@ app = typer.Typer(
 data_app = typer.Typer(help="Data sets that ship inside packages.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 study_commands.register(app)
+tune_commands.register(app)
+
+
+INTERRUPTED = 130
 
 
 class Engine(StrEnum):
@@ -41,11 +45,12 @@ def run(arguments: list[str]) -> int:
     """Run the command and return its exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     try:
         code: Any = app(arguments, standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        # Typer turns Ctrl-C inside a command into an exit code.
+        return _interrupted() if code == INTERRUPTED else code if isinstance(code, int) else 0
     except typer.Exit as stop:
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted. Finished trials are kept; the same command continues", 130)
+        return _interrupted()
     except Exception as error:
         known = _known_errors(error)
         if known is None:
@@ -53,6 +58,10 @@ def run(arguments: list[str]) -> int:
         # Errors in the words of the command itself know how to say which option is wrong.
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         return _fail(message, known)
+
+
+def _interrupted() -> int:
+    return _fail("interrupted. Finished trials are kept; the same command continues", INTERRUPTED)
 
 
 def _known_errors(error: Exception) -> int | None:
@@ -111,7 +120,7 @@ def compare(
     # Cheap checks of the words first, then the data, then torch.
     options = Options(
         methods=names, model=model, budget=limit, seeds=seeds, rounds=tuning_trials,
-        workers=workers or _cores(), engine=engine.value,
+        workers=_cores() if workers is None else workers, engine=engine.value,
         output=output or _default_output(data), command=shlex.join(["wellposed", *sys.argv[1:]]),
     )  # fmt: skip
     check_options(options)

@@ -126,7 +126,7 @@ def report(
     name: Annotated[str | None, typer.Argument(help="A paper's slug, or a comparison; the latest by default.")] = None,
     open_report: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
 ) -> None:
-    """Render the report of a finished study or comparison again."""
+    """Render the report of a finished study, comparison or tuning again."""
     from .compare.errors import UserError
 
     folder = _report_folder(name)
@@ -136,15 +136,26 @@ def report(
 
             page = _write_page(read_record(folder), folder)
         else:
-            from .compare.report import write_report
-            from .compare.result import load_result
-
-            page = write_report(load_result(folder), folder)
+            page = _render(folder)
     except ValueError as error:
         raise UserError(str(error)) from error
     typer.echo(f"report  {page}")
     if open_report:
         webbrowser.open(page.resolve().as_uri())
+
+
+def _render(folder: Path) -> Path:
+    """The page of a comparison, or of what was tuned."""
+    from .compare.tune_result import is_tuning, load_tuning
+
+    if is_tuning(folder):
+        from .compare.tune_report import write_tune_page
+
+        return write_tune_page(load_tuning(folder), folder)
+    from .compare.report import write_report
+    from .compare.result import load_result
+
+    return write_report(load_result(folder), folder)
 
 
 def _report_folder(name: str | None) -> Path:

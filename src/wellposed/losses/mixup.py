@@ -72,7 +72,9 @@ class Mixup(Regularizer):
         (torch.Size([4, 3]), torch.Size([4, 2]))
     """
 
-    def __init__(self, alpha: float | Hyperparameter = 0.2, num_classes: int | None = None, per_sample: bool = False) -> None:
+    def __init__(
+        self, alpha: float | Hyperparameter = 0.2, num_classes: int | None = None, per_sample: bool = False
+    ) -> None:
         super().__init__()
         check_strength("Mixup", "alpha", alpha)
         if alpha == 0:

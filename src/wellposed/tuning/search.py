@@ -172,8 +172,7 @@ class Search(Tuner):
         # Continuous values, also of a discrete hyperparameter.
         values = {n: h.from_raw(h.raw).detach().cpu().clone() for n, h in self.problem.hypers.items()}
         self.trials.append(SearchTrial(number, values))
-        self._best_of_trial = None
-        self._stopped = False
+        self._best_of_trial, self._stopped = None, False
         self._epoch_steps = pass_length(train) or self.steps_per_trial
         self.clock.epoch, self.clock.number, self.clock.total = 0, 0, self.steps_per_trial
         self.clock.epochs = max(1, math.ceil(self.steps_per_trial / self._epoch_steps))
@@ -187,8 +186,7 @@ class Search(Tuner):
 
     def _begin_epoch(self, trial: SearchTrial) -> None:
         """Run the method's `on_epoch` where an epoch of the trial begins; it may stop the trial, not the search."""
-        objective = self.problem.objective
-        if objective is None or trial.steps % self._epoch_steps:
+        if (objective := self.problem.objective) is None or trial.steps % self._epoch_steps:
             return
         self.clock.epoch = trial.steps // self._epoch_steps
         services = objective.services
@@ -211,9 +209,7 @@ class Search(Tuner):
         return self._info(trial, inner, outer, moved)
 
     def _info(self, trial: SearchTrial, inner: float | None, outer: float | None, moved: bool) -> StepInfo:
-        extra = {"trial": float(trial.number)}
-        if trial.status == "diverged":
-            extra["diverged"] = 1.0
+        extra = {"trial": float(trial.number)} | ({"diverged": 1.0} if trial.status == "diverged" else {})
         return StepInfo(inner, outer, self.recorded_values() if moved else {}, extra)
 
     def _evaluate(self, trial: SearchTrial, validation: Iterator[Any]) -> float | None:
@@ -227,8 +223,7 @@ class Search(Tuner):
         return found
 
     def _best_so_far(self) -> Checkpoint | None:
-        found = [best for best in (self._best, self._best_of_trial) if best is not None]
-        return min(found, key=lambda best: best[0], default=None)
+        return min(filter(None, (self._best, self._best_of_trial)), key=lambda best: best[0], default=None)
 
     def export(self) -> nn.Module:
         """Load the best checkpoint, run the method's closing `on_epoch` on it, and return the network.
@@ -263,12 +258,10 @@ class Search(Tuner):
     @contextmanager
     def _own_clock(self) -> Iterator[None]:
         """Inside the block the method's hooks see the trial's position, not that of the search."""
-        objective = self.problem.objective
-        if objective is None:
+        if (objective := self.problem.objective) is None:
             yield
             return
-        loops = objective.clock
-        objective.clock = self.clock
+        loops, objective.clock = objective.clock, self.clock
         try:
             yield
         finally:

@@ -1,0 +1,108 @@
+"""The page of `wellposed tune`: one HTML file that needs no network."""
+
+from __future__ import annotations
+
+import statistics as plain
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..lab.figures import line_plot
+from ..lab.files import write_atomically
+from ..lab.page import figure, render
+from .tune_answer import Answer, answer
+from .tune_result import TuneResult
+from .tune_terminal import MARKS, measures, seconds, time_ratios, value_rows
+
+Lines = dict[str, tuple[Sequence[float], Sequence[Sequence[float]]]]
+
+
+def write_tune_page(result: TuneResult, folder: str | Path) -> Path:
+    """Write index.html.
+
+    Returns:
+        Its path.
+
+    Raises:
+        WriteError: if it cannot be written; an older page is intact.
+    """
+    return write_atomically(Path(folder) / "index.html", tune_page(result))
+
+
+def tune_page(result: TuneResult) -> str:
+    """The page as text."""
+    found = answer(result)
+    first, _, more = found.sentence.partition(". ")
+    return render(
+        "tune.html.j2",
+        "wellposed.compare",
+        result=result,
+        found=found,
+        answer=first if not more else f"{first}.",
+        more=more,
+        measures=measures(result, found),
+        marks=MARKS,
+        kinds={1: "better", 0: "within-noise", -1: "worse"},
+        validation=[f"{plain.fmean(arm.validation_losses):.4f}" for arm in result.arms],
+        seconds=seconds(result),
+        ratios=time_ratios(result),
+        values=value_rows(result),
+        loss_figure=_loss_figure(result),
+        value_figures=_value_figures(result),
+        place=_place(result),
+        every_seed=_every_seed(result, found),
+    )
+
+
+def _place(result: TuneResult) -> str:
+    """What the horizontal axis of the method's curves counts."""
+    return next((name for name in ("training", "features") if name in result.tuned.curves), "epoch")
+
+
+def _loss_figure(result: TuneResult) -> Any:
+    place = _place(result)
+    lines: Lines = {}
+    for arm in (result.untuned, result.tuned):
+        if place in arm.curves and "validation loss" in arm.curves:
+            lines[arm.label] = _curve(arm.curves, place, "validation loss")
+    if not lines:
+        return None
+    return figure(
+        line_plot(lines, place, f"validation {result.loss_name}", f"Validation {result.loss_name} by {place}")
+    )
+
+
+def _value_figures(result: TuneResult) -> list[dict[str, Any]]:
+    """One figure a strength; several lines where it has several values."""
+    curves, place = result.tuned.curves, _place(result)
+    drawn = []
+    for strength in result.strengths:
+        if strength["left_out"] or place not in curves:
+            continue
+        lines: Lines = {}
+        if strength["label"] in curves and len(strength["labels"]) > 1:  # one for each feature, sorted
+            lines["sorted"] = _curve(curves, place, strength["label"])
+        for label in strength["labels"]:
+            if label in curves:
+                short = label.removeprefix(strength["label"]).strip() or label
+                lines[short] = _curve(curves, place, label)
+        if lines:
+            svg = line_plot(
+                lines, place, strength["label"], f"{strength['label']} by {place}", log_y=bool(strength["log"])
+            )
+            drawn.append({"label": strength["label"], "svg": figure(svg)})
+    return drawn
+
+
+def _curve(
+    curves: dict[str, list[list[float]]], place: str, name: str
+) -> tuple[Sequence[float], Sequence[Sequence[float]]]:
+    return max(curves[place], key=len), curves[name]
+
+
+def _every_seed(result: TuneResult, found: Answer) -> list[tuple[str, list[str]]]:
+    rows = []
+    for arm in result.arms:
+        rows.append((f"{arm.label}: {found.score.label}", [f"{v:.{found.score.decimals}f}" for v in arm.scores]))
+        rows.append((f"{arm.label}: {found.loss.label}", [f"{v:.{found.loss.decimals}f}" for v in arm.losses]))
+    return rows

@@ -1,0 +1,242 @@
+"""`TuneResult`: everything the terminal, the page and the files say about what was learned."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics as plain
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..lab.files import write_atomically
+from ..lab.trial import Outcome
+from .task import Task
+from .tune_job import FinishedTuning
+from .tune_options import APPLIED, SINGLE, UNTUNED
+from .tune_snippet import apply_values, learn_again, replay_schedule
+
+VERSION = 1
+KIND = "tune"
+THIRD = {APPLIED: "its values, fixed", SINGLE: "one penalty for all"}
+"""Labels of the arms that say what a gain is made of."""
+
+LINEAR = (
+    "MAID learned the penalties of a linear model ({model}), not those of a network: the numbers here are not comparable "
+    "with those of the other methods. Nothing in it is random; a seed redraws which rows are for training and which for "
+    "validation."
+)
+
+
+@dataclass
+class TuneArm:
+    """One arm: the initial values, or the method; lists are by seed.
+
+    Attributes:
+        name, label: of the arm.
+        scores: test score in points; a seed that failed counts as the worst.
+        losses: test loss.
+        validation_losses: validation loss of the checkpoint that was kept.
+        seconds: wall time, None where it failed.
+        trainings: whole trainings for one seed.
+        kept: epoch (or training) whose weights were kept.
+        values: learned values by label.
+        curves: by name, lists by seed.
+        failures: seeds that diverged or failed.
+        error: of the first of them.
+    """
+
+    name: str
+    label: str
+    scores: list[float]
+    losses: list[float]
+    validation_losses: list[float]
+    seconds: list[float | None]
+    trainings: int
+    kept: list[float]
+    values: dict[str, list[float]]
+    curves: dict[str, list[list[float]]]
+    failures: list[int] = field(default_factory=list)
+    error: str | None = None
+
+
+@dataclass
+class TuneResult:
+    """All that `wellposed tune` found; written to `results.json`."""
+
+    name: str
+    data: str
+    split: str
+    model: str
+    metric: str
+    kind: str
+    test_rows: int
+    method: str
+    about: str
+    arms: list[TuneArm]
+    seeds: list[int]
+    epochs: int
+    strengths: list[dict[str, Any]]
+    best_seed: int
+    usage: str
+    replay: str
+    again: str
+    command: str
+    machine: dict[str, Any]
+    fingerprint: str
+    commit: str | None
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+    report: str = KIND
+    version: int = VERSION
+
+    @property
+    def untuned(self) -> TuneArm:
+        """The initial values."""
+        return self.arms[0]
+
+    @property
+    def tuned(self) -> TuneArm:
+        """The method."""
+        return self.arms[1]
+
+    @property
+    def third(self) -> TuneArm | None:
+        """The arm that says what the gain is made of, where there is one."""
+        return self.arms[2] if len(self.arms) > 2 else None
+
+    @property
+    def loss_name(self) -> str:
+        """What the loss is called."""
+        return "log loss" if self.kind == "classification" else "squared error"
+
+
+def collect_tuning(finished: FinishedTuning) -> tuple[TuneResult, str | None]:
+    """Gather what the trainings left behind.
+
+    Returns:
+        The result, and the schedule of the best seed as text; None where values were fixed.
+    """
+    task, options, plan = finished.task, finished.options, finished.plan
+    method = options.chosen
+    untuned = _arm(UNTUNED, "initial values", finished.outcomes[UNTUNED], task)
+    tuned = _arm(method.name, method.label, finished.outcomes[method.name], task)
+    arms = [untuned, tuned]
+    for name, label in THIRD.items():
+        if name in finished.outcomes:
+            arms.append(_arm(name, label, finished.outcomes[name], task))
+    best = _best_seed(finished.outcomes[method.name], finished.seeds)
+    chosen = finished.outcomes[method.name][best].artifacts if best is not None else {}
+    schedule = chosen.get("schedule")
+    usage = replay = again = ""
+    if plan is not None and chosen:
+        usage = apply_values(plan, chosen["values"], finished.epochs)
+        if schedule is not None:
+            replay = replay_schedule(plan, plan.values(), str(options.output / "schedule.json"), finished.epochs)
+            again = learn_again(plan, plan.values(), method.name, finished.epochs)
+    elif chosen:
+        from .tune_linear import linear_usage
+
+        usage, again = linear_usage(task), linear_usage(task, "single")
+    notes = list(finished.notes)
+    if method.linear:
+        notes.append(LINEAR.format(model=finished.model.split(",")[0]))
+        notes += [f"certificate: {chosen['certificate']}"] if "certificate" in chosen else []
+    for arm in arms:
+        if arm.failures:
+            notes.append(
+                f"{arm.label}: {len(arm.failures)} of {len(finished.seeds)} seeds diverged or failed and count as "
+                f"{task.worst_score:.0f} points ({arm.error})"
+            )
+    left_out = set() if plan is None else set(plan.left_out)
+    strengths: list[dict[str, Any]] = []
+    if plan is None:
+        names = options.features or tuple(map(str, range(len(chosen.get("values", ())))))
+        shown = dict(zip(chosen.get("values", ()), (f"penalty of {name}" for name in names), strict=True))
+        for arm in arms:
+            arm.values = {shown.get(label, label): found for label, found in arm.values.items()}
+        strengths = [{"label": "penalty", "labels": list(shown.values()), "log": True, "left_out": False}]
+    else:
+        for strength in plan.strengths:
+            log = strength.hyper.chart == "exp"
+            strengths.append(
+                {"label": strength.label, "labels": strength.labels, "log": log, "left_out": strength.label in left_out}
+            )
+    result = TuneResult(
+        task.name, task.describe(), task.describe_split(), finished.model, task.metric, task.kind, task.sizes["test"],
+        method.name, f"{method.title}: {method.about}", arms, finished.seeds, finished.epochs, strengths,
+        finished.seeds[0] if best is None else best, usage, replay, again, options.command, finished.machine,
+        finished.fingerprint, finished.commit, finished.seconds, notes,
+    )  # fmt: skip
+    return result, schedule
+
+
+def write_tuning(result: TuneResult, schedule: str | None, folder: str | Path) -> None:
+    """Write results.json and, where values changed along training, schedule.json."""
+    path = Path(folder)
+    write_atomically(path / "results.json", json.dumps(asdict(result), indent=1))
+    if schedule is not None:
+        write_atomically(path / "schedule.json", schedule)
+    else:
+        (path / "schedule.json").unlink(missing_ok=True)  # of another method, in the same folder
+
+
+def load_tuning(folder: str | Path) -> TuneResult:
+    """Read what `write_tuning` wrote.
+
+    Raises:
+        ValueError: if it was written by another version, or is no such result.
+    """
+    path = Path(folder) / "results.json"
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        if content.get("report") != KIND or content.get("version") != VERSION:
+            raise ValueError(f"{path} is no result of wellposed tune of version {VERSION}")
+        content["arms"] = [TuneArm(**arm) for arm in content["arms"]]
+        return TuneResult(**content)
+    except (OSError, json.JSONDecodeError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no readable result ({error})") from error
+
+
+def is_tuning(folder: str | Path) -> bool:
+    """Whether a report's folder was written by `wellposed tune`."""
+    try:
+        return json.loads((Path(folder) / "results.json").read_text("utf-8")).get("report") == KIND
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def worst_loss(task: Task) -> float:
+    """The loss of a model that learned nothing: a uniform prediction, or the mean of the training targets."""
+    return math.log(task.num_outputs) if task.kind == "classification" else 1.0
+
+
+def _arm(name: str, label: str, by_seed: Mapping[int, Outcome], task: Task) -> TuneArm:
+    good = {seed: o for seed, o in by_seed.items() if o.status == "finished"}
+    errors = [o.error for o in by_seed.values() if o.error]
+    values: dict[str, list[float]] = {}
+    curves: dict[str, list[list[float]]] = {}
+    for outcome in good.values():
+        for key, value in outcome.artifacts["values"].items():
+            values.setdefault(key, []).append(value)
+        for key, curve in outcome.curves.items():
+            curves.setdefault(key, []).append(curve)
+
+    def metric(key: str, worst: float) -> list[float]:
+        return [good[seed].metrics[key] if seed in good else worst for seed in by_seed]
+
+    return TuneArm(
+        name, label, metric("test", task.worst_score), metric("test_loss", worst_loss(task)),
+        metric("validation_loss", worst_loss(task)),
+        [good[seed].metrics["train_seconds"] if seed in good else None for seed in by_seed],
+        round(plain.median([o.metrics["trainings"] for o in good.values()] or [1.0])),
+        [o.metrics["kept"] for o in good.values()], values, curves,
+        [seed for seed in by_seed if seed not in good], errors[0].strip().splitlines()[-1] if errors else None,
+    )  # fmt: skip
+
+
+def _best_seed(by_seed: Mapping[int, Outcome], seeds: list[int]) -> int | None:
+    """The seed with the lowest validation loss: chosen without a look at the test set."""
+    good = [seed for seed in seeds if by_seed[seed].status == "finished"]
+    return min(good, key=lambda seed: by_seed[seed].metrics["validation_loss"], default=None)
