@@ -536,7 +536,7 @@ def test_a_strength_moves_to_where_plain_training_validates_better(delta):
     ("options", "words"),
     [
         ({"train_steps": 0}, "train_steps must be an integer >= 1, got 0"),
-        ({"valid_steps": 1.5}, "valid_steps must be an integer >= 1, got 1.5"),
+        ({"valid_steps": 0}, "valid_steps must be an integer >= 1, got 0"),
         ({"warmup_steps": -1}, "warmup_steps must be an integer >= 0, got -1"),
         ({"tau": -1e-3}, "tau must be >= 0 and finite, got -0.001"),
         ({"clip_norm": 0.0}, "clip_norm must be > 0, got 0.0"),
