@@ -25,7 +25,7 @@ from wellposed.losses import (
     SymmetricCrossEntropy,
 )
 from wellposed.tuning import BOREP, OneStepUnrolled, SampleWeights, SelfTuner
-from wellposed.weights import EarlyStopping, WeightAveraging, WeightCompander, WeightDecay
+from wellposed.weights import EarlyStopping, LowRankAdaptation, WeightAveraging, WeightCompander, WeightDecay
 
 N, CLASSES = 48, 3
 
@@ -71,6 +71,7 @@ REFUSED = {
         "(?s)ConservativeObjective.*alpha",
     ),
     "EarlyStopping": (lambda: EarlyStopping(patience=Hyperparameter(3.0)), "(?s)EarlyStopping.*patience"),
+    "LowRankAdaptation": (lambda: LowRankAdaptation(2, alpha=positive(2.0)), "(?s)LowRankAdaptation.*alpha"),
     "WeightAveraging": (lambda: WeightAveraging(decay=share(0.9)), "(?s)WeightAveraging.*decay"),
 }
 NOT_METHODS = {"Compose", "Regularizer", "ProgressiveShare", "ReplaySchedule"}

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from .democracy import weight_statistics as weight_statistics
     from .democracy import weight_tensors as weight_tensors
     from .early_stopping import EarlyStopping as EarlyStopping
+    from .low_rank import LowRankAdaptation as LowRankAdaptation
+    from .low_rank import LowRankLinear as LowRankLinear
+    from .low_rank import add_low_rank as add_low_rank
+    from .low_rank import merge_low_rank as merge_low_rank
+    from .low_rank import principal_factors as principal_factors
     from .weight_averaging import WeightAveraging as WeightAveraging
     from .weight_decay import WeightDecay as WeightDecay
 
@@ -46,6 +51,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
             "weight_tensors",
         ],
         "early_stopping": ["EarlyStopping"],
+        "low_rank": ["LowRankAdaptation", "LowRankLinear", "add_low_rank", "merge_low_rank", "principal_factors"],
         "weight_averaging": ["WeightAveraging"],
         "weight_decay": ["WeightDecay"],
     },
