@@ -124,32 +124,52 @@ def response_squared_norm(
         >>> response_squared_norm(torch.tensor([[1.0], [3.0]]), one, one, one)
         tensor([ 4., 16.])
     """
-    return _SquaredNorm.apply(k @ scale.T, weight, varied)  # type: ignore[no-any-return]
+    return _SquaredNorm.apply(k @ scale.T, weight, varied)[0]  # type: ignore[no-any-return]
 
 
 class _SquaredNorm(torch.autograd.Function):
-    """||W0 + diag(a) W1||^2 of each row of a, with a derivative that passes over the weights half as often as autograd's."""
+    """||W0 + diag(a) W1||^2 of each row of a, with a derivative that passes over the weights half as often as autograd's.
+
+    The inner products of rows, r and q, are outputs as well: the backward pass needs them again, and a pass over the
+    weights costs as much as an optimizer's.
+    """
 
     @staticmethod
-    def forward(a: Tensor, weight: Tensor, varied: Tensor) -> Tensor:
-        both = torch.linalg.vecdot(weight, varied)
-        own = torch.linalg.vecdot(varied, varied)
-        return weight.square().sum() + (2 * a) @ both + a.square() @ own
+    def forward(a: Tensor, weight: Tensor, varied: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # One buffer for all three products: to allocate a tensor of this size costs more than to fill it.
+        product = weight * varied
+        both = product.sum(-1)
+        own = torch.mul(varied, varied, out=product).sum(-1)
+        squared = torch.mul(weight, weight, out=product).sum()
+        return squared + (2 * a) @ both + a.square() @ own, both, own
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs, *output[1:])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        a, weight, varied = ctx.saved_tensors
+    def backward(
+        ctx: Any, gradient: Tensor | None, by_both: Tensor | None, by_own: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        a, weight, varied, both, own = ctx.saved_tensors
         by_a = by_weight = by_varied = None
-        first = (gradient @ a)[:, None] * 2
-        if ctx.needs_input_grad[0]:
-            both, own = torch.linalg.vecdot(weight, varied), torch.linalg.vecdot(varied, varied)
-            by_a = (2 * gradient)[:, None] * (both + a * own)
-        if ctx.needs_input_grad[1]:
-            by_weight = torch.addcmul(weight * (2 * gradient.sum()), first, varied)
-        if ctx.needs_input_grad[2]:
-            by_varied = torch.addcmul(weight * first, (gradient @ a.square())[:, None] * 2, varied)
+        if gradient is not None:
+            first = (gradient @ a)[:, None] * 2
+            if ctx.needs_input_grad[0]:
+                by_a = (2 * gradient)[:, None] * (both + a * own)
+            if ctx.needs_input_grad[1]:
+                by_weight = (weight * (2 * gradient.sum())).addcmul_(first, varied)
+            if ctx.needs_input_grad[2]:
+                by_varied = (weight * first).addcmul_((gradient @ a.square())[:, None] * 2, varied)
+        # Only in a second derivative does anything depend on the inner products.
+        if by_both is not None:
+            by_weight = _sum(by_weight, by_both[:, None] * varied)
+            by_varied = _sum(by_varied, by_both[:, None] * weight)
+        if by_own is not None:
+            by_varied = _sum(by_varied, 2 * by_own[:, None] * varied)
         return by_a, by_weight, by_varied
+
+
+def _sum(found: Tensor | None, more: Tensor) -> Tensor:
+    return more if found is None else found + more
