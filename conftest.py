@@ -16,7 +16,17 @@ settings.load_profile("wellposed")
 
 CHECKED = [
     *("accumulation", "averaging", "batching", "bilevel", "charts", "compose", "evaluation", "hyperparameter"),
-    *("indexed_dataset", "metrics", "numerics", "objective", "pair", "parameters", "regularizer", "sample_table"),
+    *(
+        "indexed_dataset",
+        "metrics",
+        "continual_metrics",
+        "numerics",
+        "objective",
+        "pair",
+        "parameters",
+        "regularizer",
+        "sample_table",
+    ),
     *("step", "training_objective", "tuner", "loading"),
     *("weights", "losses", "features", "gradients", "inverse"),
 ]

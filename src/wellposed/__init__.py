@@ -38,6 +38,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submodules=[
         "compare",
+        "continual_metrics",
         "datasets",
         "features",
         "gradients",

@@ -62,6 +62,7 @@ def test_only_what_is_built_says_so():
     assert [slug for slug, card in load_cards().items() if card.status == "built"] == [
         "bo-rep",
         "elr",
+        "hft",
         "ignite",
         "maid",
         "nested-dropout",

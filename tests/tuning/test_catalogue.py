@@ -25,7 +25,16 @@ from wellposed.losses import (
     SymmetricCrossEntropy,
 )
 from wellposed.tuning import BOREP, OneStepUnrolled, SampleWeights, SelfTuner
-from wellposed.weights import EarlyStopping, LowRankAdaptation, WeightAveraging, WeightCompander, WeightDecay
+from wellposed.weights import (
+    EarlyStopping,
+    HalfFineTuning,
+    L2StartingPoint,
+    LowRankAdaptation,
+    WeightAveraging,
+    WeightCompander,
+    WeightDecay,
+    WeightInterpolation,
+)
 
 N, CLASSES = 48, 3
 
@@ -48,6 +57,7 @@ TUNABLE = {
     "FeatureCompression": (lambda: FeatureCompression("nested", sigma=positive(4.0)), False),
     "GeneralizedCrossEntropy": (lambda: GeneralizedCrossEntropy(share(0.7)), True),
     "InputNoise": (lambda: InputNoise(share(0.1, per_example=True)), True),
+    "L2StartingPoint": (lambda: L2StartingPoint(positive(0.1)), True),
     "LabelSmoothing": (lambda: LabelSmoothing(share(0.1, 0.5)), True),
     "Mixup": (lambda: Mixup(positive(0.4), num_classes=CLASSES), False),
     "PastModelTeacher": (lambda: PastModelTeacher(CLASSES, share(0.5), schedule="constant"), True),
@@ -71,7 +81,9 @@ REFUSED = {
         "(?s)ConservativeObjective.*alpha",
     ),
     "EarlyStopping": (lambda: EarlyStopping(patience=Hyperparameter(3.0)), "(?s)EarlyStopping.*patience"),
+    "HalfFineTuning": (lambda: HalfFineTuning(ratio=share(0.5)), "(?s)HalfFineTuning.*ratio"),
     "LowRankAdaptation": (lambda: LowRankAdaptation(2, alpha=positive(2.0)), "(?s)LowRankAdaptation.*alpha"),
+    "WeightInterpolation": (lambda: WeightInterpolation(alpha=share(0.5)), "(?s)WeightInterpolation.*alpha"),
     "WeightAveraging": (lambda: WeightAveraging(decay=share(0.9)), "(?s)WeightAveraging.*decay"),
 }
 NOT_METHODS = {"Compose", "Regularizer", "ProgressiveShare", "ReplaySchedule"}

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from .democracy import weight_statistics as weight_statistics
     from .democracy import weight_tensors as weight_tensors
     from .early_stopping import EarlyStopping as EarlyStopping
+    from .half_fine_tuning import HalfFineTuning as HalfFineTuning
+    from .interpolation import WeightInterpolation as WeightInterpolation
+    from .interpolation import half_reset as half_reset
+    from .interpolation import interpolate_weights as interpolate_weights
+    from .l2_sp import L2StartingPoint as L2StartingPoint
     from .low_rank import LowRankAdaptation as LowRankAdaptation
     from .low_rank import LowRankLinear as LowRankLinear
     from .low_rank import add_low_rank as add_low_rank
@@ -51,6 +56,9 @@ __getattr__, __dir__, __all__ = lazy.attach(
             "weight_tensors",
         ],
         "early_stopping": ["EarlyStopping"],
+        "half_fine_tuning": ["HalfFineTuning"],
+        "interpolation": ["WeightInterpolation", "half_reset", "interpolate_weights"],
+        "l2_sp": ["L2StartingPoint"],
         "low_rank": ["LowRankAdaptation", "LowRankLinear", "add_low_rank", "merge_low_rank", "principal_factors"],
         "weight_averaging": ["WeightAveraging"],
         "weight_decay": ["WeightDecay"],
