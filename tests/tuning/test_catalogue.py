@@ -12,7 +12,12 @@ from torch import nn
 import wellposed
 from wellposed import Compose, Hyperparameter, Regularizer, TensorLoader, fit
 from wellposed.features import Cutout, Dropout, FeatureCompression, InputNoise
-from wellposed.gradients import ConservativeObjective, SharpnessAwareMinimization, SurrogateSharpness
+from wellposed.gradients import (
+    ConservativeObjective,
+    MiniBatchCoreset,
+    SharpnessAwareMinimization,
+    SurrogateSharpness,
+)
 from wellposed.losses import (
     CoTeaching,
     EarlyLearning,
@@ -83,6 +88,7 @@ REFUSED = {
     "EarlyStopping": (lambda: EarlyStopping(patience=Hyperparameter(3.0)), "(?s)EarlyStopping.*patience"),
     "HalfFineTuning": (lambda: HalfFineTuning(ratio=share(0.5)), "(?s)HalfFineTuning.*ratio"),
     "LowRankAdaptation": (lambda: LowRankAdaptation(2, alpha=positive(2.0)), "(?s)LowRankAdaptation.*alpha"),
+    "MiniBatchCoreset": (lambda: MiniBatchCoreset(ratio=share(0.5)), "(?s)MiniBatchCoreset.*ratio"),
     "WeightInterpolation": (lambda: WeightInterpolation(alpha=share(0.5)), "(?s)WeightInterpolation.*alpha"),
     "WeightAveraging": (lambda: WeightAveraging(decay=share(0.9)), "(?s)WeightAveraging.*decay"),
 }

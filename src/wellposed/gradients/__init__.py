@@ -6,6 +6,15 @@ import lazy_loader as lazy
 
 if TYPE_CHECKING:
     from .conservative_objective import ConservativeObjective as ConservativeObjective
+    from .coreset_loader import CoresetBatchSampler as CoresetBatchSampler
+    from .coreset_loader import CoresetDataLoader as CoresetDataLoader
+    from .facility_location import facility_location as facility_location
+    from .facility_location import pairwise_similarity as pairwise_similarity
+    from .last_layer_gradient import last_layer_gradients as last_layer_gradients
+    from .mini_batch_coreset import MiniBatchCoreset as MiniBatchCoreset
+    from .source_budgets import small_sources as small_sources
+    from .source_budgets import source_budgets as source_budgets
+    from .source_discovery import SourceDiscovery as SourceDiscovery
     from .multiplier import dual_ascent as dual_ascent
     from .offline_search import best_designs as best_designs
     from .offline_search import evolution_search as evolution_search
@@ -25,6 +34,12 @@ __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
         "conservative_objective": ["ConservativeObjective"],
+        "coreset_loader": ["CoresetBatchSampler", "CoresetDataLoader"],
+        "facility_location": ["facility_location", "pairwise_similarity"],
+        "last_layer_gradient": ["last_layer_gradients"],
+        "mini_batch_coreset": ["MiniBatchCoreset"],
+        "source_budgets": ["small_sources", "source_budgets"],
+        "source_discovery": ["SourceDiscovery"],
         "multiplier": ["dual_ascent"],
         "offline_search": [
             "best_designs",

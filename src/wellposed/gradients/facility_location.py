@@ -1,0 +1,148 @@
+"""Facility location: greedy choice of medoids from a similarity matrix, for several groups in one loop."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Metric = Literal["l1", "l2", "cosine"]
+METRICS = ("l1", "l2", "cosine")
+
+
+def facility_location(
+    similarity: Float[Tensor, "*groups n n"],
+    budget: int | Int[Tensor, " groups"],
+    valid: Bool[Tensor, "*groups n"] | None = None,
+) -> tuple[Int[Tensor, "*groups budget"], Float[Tensor, "*groups budget"]]:
+    """Greedy maximisation of `F(A) = sum_i max_{j in A} S_ij`: the medoids of a mini-batch.
+
+    For `S >= 0` greedy reaches at least `1 - 1/e` of the best value (Nemhauser, Wolsey and Fisher 1978). A constant
+    added to S changes no pick. Among equal gains the lowest position is taken: with features on a line ties are the
+    rule, and a pick must not depend on the machine.
+
+    Args:
+        similarity: (n, n), or (groups, n, n) for several groups at once; `S[i, j]` is how well j stands for i.
+        budget: number of picks; with groups one an entry, (groups,), or the same for all.
+        valid: which rows and columns exist, where groups of different sizes are padded to one.
+
+    Returns:
+        The picks in their order, (budget,) or (groups, largest budget), -1 beyond a group's own budget; and what each
+        pick added to F.
+
+    Raises:
+        ValueError: if a matrix is not square or not finite, or a budget is negative or larger than its group.
+
+    Example:
+        >>> points = torch.tensor([[0.0], [0.1], [5.0], [5.1], [5.2]])
+        >>> picks, gains = facility_location(pairwise_similarity(points), 2)
+        >>> picks.tolist()
+        [2, 0]
+    """
+    if similarity.ndim not in (2, 3) or similarity.shape[-1] != similarity.shape[-2]:
+        raise ValueError(
+            f"facility_location: similarity must be (n, n) or (groups, n, n), got {tuple(similarity.shape)}"
+        )
+    S = similarity if similarity.ndim == 3 else similarity[None]
+    groups, n = S.shape[:2]
+    usable = S.new_ones((groups, n), dtype=torch.bool) if valid is None else valid.reshape(groups, n)
+    S = S.masked_fill(
+        ~(usable[:, :, None] & usable[:, None, :]), 0.0
+    )  # what does not exist needs no one to stand for it
+    if not bool(torch.isfinite(S).all()):
+        raise ValueError("facility_location: similarity must be finite")
+    budgets = torch.as_tensor(budget, device=S.device).expand(groups)
+    sizes = usable.sum(1)
+    if bool((budgets < 0).any()) or bool((budgets > sizes).any()):
+        raise ValueError(
+            f"facility_location: budget must lie in [0, n] of its group, got {budgets.tolist()} of {sizes.tolist()}"
+        )
+    picks, gains = _greedy(S, budgets, usable)
+    return (picks, gains) if similarity.ndim == 3 else (picks[0], gains[0])
+
+
+def _greedy(S: Tensor, budgets: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
+    groups = len(S)
+    rounds = int(budgets.max()) if groups else 0
+    picks = torch.full((groups, rounds), -1, dtype=torch.int64, device=S.device)
+    gains = S.new_zeros((groups, rounds))
+    free, every, covered = usable.clone(), torch.arange(groups, device=S.device), S[:, :, 0]
+    for number in range(rounds):
+        # The first pick is the medoid: its gain is counted from nothing, so that a shift of S changes no choice.
+        left = S if number == 0 else (S - covered[:, :, None]).clamp(min=0.0)
+        gain = left.sum(1).masked_fill(~free, -torch.inf)
+        best = gain.argmax(1)
+        acting = budgets > number
+        picks[:, number] = torch.where(acting, best, -1)
+        gains[:, number] = torch.where(acting, gain[every, best], 0.0)
+        free[every, best] = False
+        chosen = S[every, :, best]
+        covered = chosen if number == 0 else torch.maximum(covered, chosen)
+    return picks, gains
+
+
+def pairwise_similarity(
+    features: Float[Tensor, "*groups n d"], metric: Metric = "l1", valid: Bool[Tensor, "*groups n"] | None = None
+) -> Float[Tensor, "*groups n n"]:
+    """`S_ij = (largest distance of the group) - |f_i - f_j|`, at least 0.
+
+    Args:
+        features: one row an example, (n, d) or (groups, n, d).
+        metric: "l1" (the paper), "l2", or "cosine" (`1 - cos`).
+        valid: which rows exist.
+
+    Raises:
+        ValueError: for an unknown metric.
+
+    Example:
+        >>> pairwise_similarity(torch.tensor([[0.0, 0.0], [1.0, 2.0]]))
+        tensor([[3., 0.],
+                [0., 3.]])
+    """
+    if metric not in METRICS:
+        raise ValueError(f"pairwise_similarity: metric must be one of {list(METRICS)}, got {metric!r}")
+    if metric == "cosine":
+        unit = F.normalize(features, dim=-1)
+        distance = 1.0 - unit @ unit.transpose(-1, -2)
+    elif metric == "l2":
+        # Distances by products of matrices would round close neighbours to one point.
+        distance = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+    else:
+        distance = torch.cdist(features, features, p=1.0)
+    if valid is not None:
+        distance = distance.masked_fill(~(valid[..., :, None] & valid[..., None, :]), 0.0)
+    return distance.amax((-1, -2), keepdim=True) - distance
+
+
+def facility_location_value(similarity: Float[Tensor, "n n"], picks: Int[Tensor, " budget"]) -> Float[Tensor, ""]:
+    """`F(A) = sum_i max_{j in A} S_ij` of a set of picks.
+
+    Example:
+        >>> float(facility_location_value(torch.eye(3), torch.tensor([0, 2])))
+        2.0
+    """
+    return similarity[:, picks].amax(1).sum()
+
+
+def cluster_sizes(
+    similarity: Float[Tensor, "groups n n"],
+    picks: Int[Tensor, "groups budget"],
+    valid: Bool[Tensor, "groups n"],
+) -> Int[Tensor, "groups budget"]:
+    """How many examples each pick stands for: those to which it is the most similar pick of its group.
+
+    An example between two picks counts for the earlier one; a pick that is not there (-1) stands for none.
+
+    Example:
+        >>> S = pairwise_similarity(torch.tensor([[[0.0], [0.1], [5.0]]]))
+        >>> cluster_sizes(S, torch.tensor([[2, 0]]), torch.ones(1, 3, dtype=torch.bool))
+        tensor([[1, 2]])
+    """
+    there = picks >= 0
+    chosen = similarity.gather(2, picks.clamp(min=0)[:, None, :].expand(-1, similarity.shape[1], -1))
+    nearest = chosen.masked_fill(~there[:, None, :], -torch.inf).argmax(2)
+    counts = torch.zeros_like(picks)
+    return counts.scatter_add_(1, nearest, valid.to(picks.dtype))
