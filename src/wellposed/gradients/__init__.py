@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     from .facility_location import pairwise_similarity as pairwise_similarity
     from .last_layer_gradient import last_layer_gradients as last_layer_gradients
     from .mini_batch_coreset import MiniBatchCoreset as MiniBatchCoreset
-    from .source_budgets import small_sources as small_sources
-    from .source_budgets import source_budgets as source_budgets
-    from .source_discovery import SourceDiscovery as SourceDiscovery
     from .multiplier import dual_ascent as dual_ascent
     from .offline_search import best_designs as best_designs
     from .offline_search import evolution_search as evolution_search
@@ -27,6 +24,9 @@ if TYPE_CHECKING:
     from .sharpness_aware import perturbed as perturbed
     from .sharpness_constraint import SurrogateSharpness as SurrogateSharpness
     from .sharpness_measure import surrogate_sharpness as surrogate_sharpness
+    from .source_budgets import small_sources as small_sources
+    from .source_budgets import source_budgets as source_budgets
+    from .source_discovery import SourceDiscovery as SourceDiscovery
     from .surrogate_ensemble import SurrogateEnsemble as SurrogateEnsemble
     from .surrogate_ensemble import ensemble_squared_error as ensemble_squared_error
 

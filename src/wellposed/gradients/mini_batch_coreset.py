@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..batching import batch_size, unwrap
+from ..hyperparameter import refuse_hyperparameter
 from ..indexed_dataset import epoch_seed
 from ..objective import Criterion, cross_entropy
 from ..pair import Pair
@@ -379,6 +380,8 @@ def _check_numbers(
     chunk_size: int | None,
     eps: float,
 ) -> None:
+    reason = "what is picked is drawn or ranked, so that no tuner can learn it"
+    refuse_hyperparameter("MiniBatchCoreset", "ratio", ratio, reason)
     for text, value, holds in (
         ("ratio must lie in (0, 1]", ratio, 0 < ratio <= 1),
         ("n_directions must be an integer >= 1", n_directions, isinstance(n_directions, int) and n_directions >= 1),
