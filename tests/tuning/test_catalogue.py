@@ -19,14 +19,19 @@ from wellposed.gradients import (
     SurrogateSharpness,
 )
 from wellposed.losses import (
+    BiasAlleviatingLoRA,
     CoTeaching,
     EarlyLearning,
     EarlyLearningPlus,
     GeneralizedCrossEntropy,
     LabelSmoothing,
+    LogitConsistency,
+    LogitDiversity,
     Mixup,
     PastModelTeacher,
     ProgressiveSelfDistillation,
+    SpectralConcentration,
+    StoredTeacher,
     SymmetricCrossEntropy,
 )
 from wellposed.tuning import BOREP, OneStepUnrolled, SampleWeights, SelfTuner
@@ -54,6 +59,18 @@ def positive(value=0.5, **options):
 
 # Class of each method: with every strength that can be learned, and whether its training loss is differentiable in all.
 TUNABLE = {
+    "BiasAlleviatingLoRA": (
+        lambda: BiasAlleviatingLoRA(
+            "classification",
+            consistency=positive(0.1),
+            diversity=positive(0.03),
+            concentration=positive(0.03),
+            k=2,
+            teacher=StoredTeacher(torch.zeros(N, CLASSES)),
+            schedules="constant",
+        ),  # fmt: skip
+        True,
+    ),
     "CoTeaching": (lambda: CoTeaching(share(0.2), num_gradual=0, mode="full"), False),
     "Cutout": (lambda: Compose(Cutout(Hyperparameter(1.5, 0.0, 4.0, discrete=True), length=2)), False),
     "Dropout": (lambda: Dropout(share(0.2, 0.9, per_example=True)), False),
@@ -64,6 +81,11 @@ TUNABLE = {
     "InputNoise": (lambda: InputNoise(share(0.1, per_example=True)), True),
     "L2StartingPoint": (lambda: L2StartingPoint(positive(0.1)), True),
     "LabelSmoothing": (lambda: LabelSmoothing(share(0.1, 0.5)), True),
+    "LogitConsistency": (
+        lambda: LogitConsistency(positive(0.1), teacher=StoredTeacher(torch.zeros(N, CLASSES))),
+        True,
+    ),
+    "LogitDiversity": (lambda: LogitDiversity(positive(0.03)), True),
     "Mixup": (lambda: Mixup(positive(0.4), num_classes=CLASSES), False),
     "PastModelTeacher": (lambda: PastModelTeacher(CLASSES, share(0.5), schedule="constant"), True),
     "ProgressiveSelfDistillation": (
@@ -72,6 +94,7 @@ TUNABLE = {
     ),
     "SampleWeights": (lambda: SampleWeights(N, init=0.5), True),
     "SharpnessAwareMinimization": (lambda: SharpnessAwareMinimization(positive(0.05)), False),
+    "SpectralConcentration": (lambda: SpectralConcentration(positive(0.03), k=2), True),
     "SurrogateSharpness": (
         lambda: SurrogateSharpness(0.05, lam=positive(0.5), mode="penalty", output_fn=lambda out: out.mean(1)),
         True,
@@ -92,8 +115,8 @@ REFUSED = {
     "WeightInterpolation": (lambda: WeightInterpolation(alpha=share(0.5)), "(?s)WeightInterpolation.*alpha"),
     "WeightAveraging": (lambda: WeightAveraging(decay=share(0.9)), "(?s)WeightAveraging.*decay"),
 }
-NOT_METHODS = {"Compose", "Regularizer", "ProgressiveShare", "ReplaySchedule"}
-"""The contract itself, a base class, and the tuner's own replay."""
+NOT_METHODS = {"Compose", "LogitTerm", "Regularizer", "ProgressiveShare", "ReplaySchedule"}
+"""The contract itself, base classes, and the tuner's own replay."""
 
 
 def public_methods():

@@ -35,6 +35,11 @@ if TYPE_CHECKING:
     from .low_rank import add_low_rank as add_low_rank
     from .low_rank import merge_low_rank as merge_low_rank
     from .low_rank import principal_factors as principal_factors
+    from .principal_adapter import AdapterStart as AdapterStart
+    from .principal_adapter import adapter_start as adapter_start
+    from .principal_adapter import plain_factors as plain_factors
+    from .principal_adapter import scale_adapters as scale_adapters
+    from .principal_adapter import to_plain_adapter as to_plain_adapter
     from .weight_averaging import WeightAveraging as WeightAveraging
     from .weight_decay import WeightDecay as WeightDecay
 
@@ -60,6 +65,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "interpolation": ["WeightInterpolation", "half_reset", "interpolate_weights"],
         "l2_sp": ["L2StartingPoint"],
         "low_rank": ["LowRankAdaptation", "LowRankLinear", "add_low_rank", "merge_low_rank", "principal_factors"],
+        "principal_adapter": ["AdapterStart", "adapter_start", "plain_factors", "scale_adapters", "to_plain_adapter"],
         "weight_averaging": ["WeightAveraging"],
         "weight_decay": ["WeightDecay"],
     },
