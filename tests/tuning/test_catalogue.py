@@ -68,7 +68,7 @@ TUNABLE = {
             k=2,
             teacher=StoredTeacher(torch.zeros(N, CLASSES)),
             schedules="constant",
-        ),  # fmt: skip
+        ),
         True,
     ),
     "CoTeaching": (lambda: CoTeaching(share(0.2), num_gradual=0, mode="full"), False),
