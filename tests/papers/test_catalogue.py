@@ -64,6 +64,7 @@ def test_only_what_is_built_says_so():
         "bo-rep",
         "colm",
         "elr",
+        "glad",
         "hft",
         "ignite",
         "maid",

@@ -15,6 +15,7 @@ from wellposed.features import Cutout, Dropout, FeatureCompression, InputNoise
 from wellposed.gradients import (
     ConservativeObjective,
     MiniBatchCoreset,
+    RegularizedGradient,
     SharpnessAwareMinimization,
     SurrogateSharpness,
 )
@@ -92,6 +93,7 @@ TUNABLE = {
         lambda: ProgressiveSelfDistillation(N, CLASSES, share(0.5), schedule="constant"),
         True,
     ),
+    "RegularizedGradient": (lambda: RegularizedGradient(positive(0.05), lam=share(0.5)), False),
     "SampleWeights": (lambda: SampleWeights(N, init=0.5), True),
     "SharpnessAwareMinimization": (lambda: SharpnessAwareMinimization(positive(0.05)), False),
     "SpectralConcentration": (lambda: SpectralConcentration(positive(0.03), k=2), True),

@@ -155,6 +155,7 @@ def test_the_same_seed_draws_the_same_adapter():
         (lambda: add_low_rank(nn.Linear(2, 2), 1), "single nn.Linear"),
         (lambda: add_low_rank(network(), 1, targets=["q_proj"]), r"targets names 'q_proj'.*\['0', '2', '4'\]"),
         (lambda: add_low_rank(network(), 1, targets=lambda name, part: False), "leaves no linear layer"),
+        (lambda: add_low_rank(nn.Sequential(nn.MultiheadAttention(4, 2)), 1), "'0.out_proj'.*split_attention"),
         (lambda: merge_low_rank(network()), "no low-rank layer"),
         (lambda: LowRankAdaptation(rank=0), "rank must be an integer of at least 1, got 0"),
         (lambda: LowRankAdaptation(rank=1, trainable=["head"]).attach(network()), "trainable names 'head'"),

@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING
 import lazy_loader as lazy
 
 if TYPE_CHECKING:
+    from .attention_projections import SplitAttention as SplitAttention
+    from .attention_projections import join_attention as join_attention
+    from .attention_projections import split_attention as split_attention
     from .compander import WeightCompander as WeightCompander
     from .compander_attach import apply_compander as apply_compander
     from .compander_decay import compander_parameter_groups as compander_parameter_groups
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
+        "attention_projections": ["SplitAttention", "join_attention", "split_attention"],
         "compander": ["WeightCompander"],
         "compander_attach": ["apply_compander"],
         "compander_functions": ["compand", "compander_bound", "compander_slope", "uncompand"],

@@ -131,8 +131,8 @@ def add_low_rank(
         Names of the layers replaced, in the model's order.
 
     Raises:
-        ValueError: if a name ending matches no linear layer, if nothing is left to adapt, or if the model holds low-rank
-            layers already.
+        ValueError: if a name ending matches no linear layer, if nothing is left to adapt, if a layer belongs to an
+            `nn.MultiheadAttention`, or if the model holds low-rank layers already.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -147,6 +147,7 @@ def add_low_rank(
         raise ValueError("add_low_rank: model is a single nn.Linear, which cannot be replaced inside itself; wrap it")
     chosen = [(n, part) for n, part in model.named_modules(remove_duplicate=False) if isinstance(part, nn.Linear)]
     chosen = _matching(chosen, targets)
+    _refuse_attention(model, chosen)
     model.requires_grad_(False)
     shared: dict[int, LowRankLinear] = {}
     for name, part in chosen:
@@ -258,6 +259,17 @@ def _matching(layers: list[tuple[str, nn.Linear]], targets: Targets) -> list[tup
     if not chosen:
         raise ValueError("add_low_rank: targets leaves no linear layer to adapt")
     return chosen
+
+
+def _refuse_attention(model: nn.Module, chosen: list[tuple[str, nn.Linear]]) -> None:
+    """Torch's attention reads the weight of its output projection itself: a layer in its place would not be called."""
+    owners = {name for name, part in model.named_modules() if isinstance(part, nn.MultiheadAttention)}
+    for name, _ in chosen:
+        if name.rpartition(".")[0] in owners:
+            raise ValueError(
+                f"add_low_rank: targets takes {name!r}, whose weight nn.MultiheadAttention reads itself; call "
+                "wellposed.weights.split_attention(model) first, or leave it out of targets"
+            )
 
 
 def _ends(name: str, ending: str) -> bool:
