@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,7 +16,8 @@ def overall_performance(scores: Float[Tensor, "stages tasks"]) -> float:
         ValueError: if scores is no square table, or its last row holds NaN.
 
     Example:
-        >>> overall_performance(torch.tensor([[0.9, 0.1], [0.5, 0.7]]))
+        >>> import torch
+        >>> round(overall_performance(torch.tensor([[0.9, 0.1], [0.5, 0.7]])), 4)
         0.6
     """
     last = _checked("overall_performance", scores)[-1]
@@ -27,7 +26,7 @@ def overall_performance(scores: Float[Tensor, "stages tasks"]) -> float:
     return float(last.mean())
 
 
-def backward_transfer(scores: Float[Tensor, "stages tasks"], over: Literal["earlier", "all"] = "earlier") -> float:
+def backward_transfer(scores: Float[Tensor, "stages tasks"], over: str = "earlier") -> float:
     """Mean of `scores[K, i] - scores[i, i]`: how a task's score changed since it was learned; negative is forgetting.
 
     Args:

@@ -82,6 +82,8 @@ class Regularizer(nn.Module):
             into micro-batches changes them; the loop then warns under accumulation.
         pairs_batch: whether `on_batch` gives each network of a `Pair` inputs, targets and positions of its own
             (`Paired`); other methods that rewrite the batch must come before, which `Compose` checks.
+        needs_base_weights: whether the method must train the model's own weights, so that it is refused where adapters
+            alone train.
 
     Example:
         >>> class Shrink(Regularizer):
@@ -98,6 +100,7 @@ class Regularizer(nn.Module):
     requires: frozenset[str] = frozenset()
     coupled: bool = False
     pairs_batch: bool = False
+    needs_base_weights: bool = False
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Replace, parametrise or pair modules; called once, before the optimizer is built."""

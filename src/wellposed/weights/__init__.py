@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .democracy import weight_tensors as weight_tensors
     from .early_stopping import EarlyStopping as EarlyStopping
     from .half_fine_tuning import HalfFineTuning as HalfFineTuning
+    from .half_report import MaskReport as MaskReport
     from .interpolation import WeightInterpolation as WeightInterpolation
     from .interpolation import half_reset as half_reset
     from .interpolation import interpolate_weights as interpolate_weights
@@ -66,6 +67,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         ],
         "early_stopping": ["EarlyStopping"],
         "half_fine_tuning": ["HalfFineTuning"],
+        "half_report": ["MaskReport"],
         "interpolation": ["WeightInterpolation", "half_reset", "interpolate_weights"],
         "l2_sp": ["L2StartingPoint"],
         "low_rank": ["LowRankAdaptation", "LowRankLinear", "add_low_rank", "merge_low_rank", "principal_factors"],

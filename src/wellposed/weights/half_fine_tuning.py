@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from typing import Any, Literal, cast
 
@@ -11,11 +10,12 @@ from torch.optim import Optimizer
 
 from ..batching import unwrap
 from ..hyperparameter import refuse_hyperparameter
-from ..parameters import select_parameters
 from ..regularizer import Regularizer
 from ..step import Step
 from .element_mask import FrozenEntries
-from .half_discovery import Unit, discover, split_fused
+from .half_discovery import Unit, discover
+from .half_fused import split_fused
+from .half_optimizer import hand_over
 from .half_report import MaskReport, report
 from .half_selection import Balance, Mask, Strategy, draw_frozen, draw_generator, element_mask, masks_of
 
@@ -64,10 +64,13 @@ class HalfFineTuning(Regularizer):
         stage 0                units frozen     parameters   frozen
         attention                  8      4             32   50.0 %
         trainable scalars in all: 16
+        >>> import torch
         >>> optimizer = torch.optim.AdamW(method.trainable_parameters())
         >>> sum(p.requires_grad for p in model.parameters())
         4
     """
+
+    needs_base_weights = True
 
     def __init__(
         self,
@@ -235,7 +238,7 @@ class HalfFineTuning(Regularizer):
         trained = [name for name in free if masks.get(name) is not False]
         frozen = [name for name in free if masks.get(name) is False]
         if optimizer is not None:
-            _hand_over(model, optimizer, trained, frozen, self._shelf if self.keep_optimizer_state else None)
+            hand_over(model, optimizer, trained, frozen, self._shelf if self.keep_optimizer_state else None)
         for name in frozen:
             named[name].requires_grad_(False)
             # A gradient left behind would let weight decay move the tensor, also under zero_grad(set_to_none=False).
@@ -342,42 +345,3 @@ def _transposed(model: nn.Module) -> set[str]:
     """Weights stored (inputs, outputs): those of GPT-2's `Conv1D`."""
     layers = {name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
     return {f"{name}.weight" for name in layers}
-
-
-def _hand_over(
-    model: nn.Module,
-    optimizer: Optimizer,
-    trained: Sequence[str],
-    frozen: Sequence[str],
-    shelf: dict[str, Any] | None,
-) -> None:
-    """Let an optimizer go on with another set of tensors; momentum is dropped, or kept on the shelf."""
-    groups = getattr(optimizer, "param_groups", None)
-    # These copy their tensors when they are built: taking some out of the groups would change nothing.
-    fixed = {"ZeroRedundancyOptimizer", "ZeROOptimizer", "LBFGS"} & {k.__name__ for k in type(optimizer).__mro__}
-    if not isinstance(groups, list) or not isinstance(getattr(optimizer, "state", None), dict) or fixed:
-        raise TypeError(
-            f"HalfFineTuning.new_stage: {type(optimizer).__name__} cannot let go of tensors that are to be frozen; weight "
-            "decay would still move them. Build a new optimizer after new_stage"
-        )
-    named = dict(model.named_parameters())
-    _remember_homes(named, groups)
-    if shelf is not None:
-        shelf.update({name: optimizer.state[named[name]] for name in frozen if named[name] in optimizer.state})
-    select_parameters(model, optimizer, trained)
-    if shelf is not None:
-        optimizer.state.update({named[name]: shelf.pop(name) for name in trained if name in shelf})
-
-
-def _remember_homes(named: dict[str, nn.Parameter], groups: list[dict[str, Any]]) -> None:
-    """Give every parameter a group to come back to: its own, else that of its namesakes in other layers."""
-    if any("names" in group for group in groups):
-        return
-    places = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
-    alike = {name: re.sub(r"\d+", "#", name) for name in named}
-    homes: dict[str, int] = {}
-    for name, p in named.items():
-        if id(p) in places:
-            homes.setdefault(alike[name], places[id(p)])
-    for number, group in enumerate(groups):
-        group["names"] = [n for n, p in named.items() if places.get(id(p), homes.get(alike[n], 0)) == number]

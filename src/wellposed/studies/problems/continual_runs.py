@@ -191,7 +191,7 @@ def kept_at(points: Sequence[tuple[float, float]], learned: Sequence[float]) -> 
     """What an arm keeps when it has learned so much: linear between the points of its front, 0 beyond the last.
 
     Example:
-        >>> kept_at([(0.0, 1.0), (0.8, 0.2)], [0.4, 0.8, 0.9])
+        >>> [round(y, 6) for y in kept_at([(0.0, 1.0), (0.8, 0.2)], [0.4, 0.8, 0.9])]
         [0.6, 0.2, 0.0]
     """
     front = pareto_front(points)
