@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..bilevel import BilevelProblem
+from ..loading import distributed
 from .hypergradient import error_of
 from .inexact_records import MaidInfo
 from .inexact_tuner import InexactTuner, check_positive
@@ -58,8 +59,8 @@ class MAID(InexactTuner):
         status: "running", or why it stands still: "converged" (tol), "attainable accuracy reached", "budget".
 
     Raises:
-        ValueError: for an argument out of range, a problem without mu, a network with dropout or BatchNorm, or a method
-            that keeps state.
+        ValueError: for an argument out of range, a problem without mu, a network with dropout or BatchNorm, a method that
+            keeps state, or in one of several processes that train together.
 
     Example:
         >>> from wellposed import Hyperparameter
@@ -99,6 +100,11 @@ class MAID(InexactTuner):
         self.max_bt, self.accelerate = max_bt, accelerate
         self._first: dict[str, float | str] = {"eps": eps0, "delta": delta0, "alpha": alpha0}
         self._check(check_descent)
+        if distributed():
+            raise ValueError(
+                "MAID: data parallelism is not supported; its steps are certified for one loss over all of the data, of "
+                "which each process would see a share: run it in one process, with the whole batch"
+            )
         self._wanted_check = check_descent
         self.eps = self.delta = self.alpha = math.nan
         self._window: tuple[float, float] | None = None  # Q and C of the averaged reference

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -16,12 +17,14 @@ from torch.optim import Optimizer
 from ..batching import as_batch, batch_size, unwrap
 from ..bilevel import BilevelProblem
 from ..hyperparameter import Hyperparameter, substituted
+from ..loading import distributed, rank
 from ..parameters import apply_lr_factors, clip_gradients, parameter_groups
 from ..regularizer import Regularizer, leaves
 from ..step import copied_buffers
 from ..training_objective import bare
 from ..tuner import STATE_HOOKS, StepInfo, Tuner
 from .batch_level import check_penalties, for_the_batch
+from .bilevel_updates import averaged_over_ranks
 from .conversion import collapse, convert, is_converted, response_parameters, response_state
 from .perturbation import Perturbations, perturbation_entropy
 from .response_input import ResponseState
@@ -45,6 +48,12 @@ class SelfTuner(Tuner):
     ones with predictions that are linearised in the response; W0, b0 are the network's weights at any time.
 
     One `step` is one training step, followed by `valid_steps` validation steps whenever `train_steps` are done.
+
+    Under `torch.distributed`, processes that share every batch equally average the gradients of both levels and take the
+    steps of one process. All draw the same perturbations for the whole batch, each takes the rows of its examples, and a
+    hyperparameter with one value a batch has one for all processes. They must begin with the same weights and seed;
+    running statistics are each process's own. `fit(tuner=)` runs in one process: call `run` or `step`.
+
     All hooks of a `Regularizer` are run. Under a Delta-STN a method that acts in `on_gradients` runs there twice a
     step, for the gradients of the weights and for those of the response.
 
@@ -71,7 +80,8 @@ class SelfTuner(Tuner):
 
     Raises:
         ValueError: for an argument out of range; for a model that cannot be converted; in the first step if a
-            hyperparameter with `per_example=True` is read for a whole batch.
+            hyperparameter with `per_example=True` is read for a whole batch; in several processes for a method that acts
+            in `on_gradients`, whose re-evaluations see one process's share alone.
 
     Example:
         >>> from wellposed import fit
@@ -111,6 +121,13 @@ class SelfTuner(Tuner):
         seed: int = 0,
     ) -> None:
         _check(locals())
+        methods = [] if problem.regularizer is None else leaves([problem.regularizer])
+        hooked = [type(m).__name__ for m in methods if type(m).on_gradients is not Regularizer.on_gradients]
+        if hooked and distributed():
+            raise ValueError(
+                f"SelfTuner: data parallelism is not supported for {hooked[0]}, which acts in 'on_gradients': what it "
+                "evaluates there is one process's share of the batch; train in one process"
+            )
         self.generator = torch.Generator().manual_seed(seed) if generator is None else generator
         if not is_converted(problem.model):
             convert(problem.model, problem.hypers, exclude, strict, delta=delta, generator=self.generator)
@@ -152,8 +169,7 @@ class SelfTuner(Tuner):
         self.scale_optimizer = (scale_optimizer or make_hyper)([self.log_scale])
         self.trained = 0
         self._checked = False
-        methods = [] if problem.regularizer is None else leaves([problem.regularizer])
-        self._hooked = any(type(m).on_gradients is not Regularizer.on_gradients for m in methods)
+        self._hooked = bool(hooked)
         self.schedule = Schedule()
         self.schedule.record(0, self.recorded_values())
 
@@ -195,6 +211,7 @@ class SelfTuner(Tuner):
             k = self._input(u + noise - self.response.reference)
             loss = self._phase(batch, perturbed, k, False, keep=None)
             in_hooks = for_the_batch(perturbed, problem.hypers, "on_step")
+        loss = self._average_gradients(loss)
         if self.clip_norm is not None:
             clip_gradients(problem.model, self.clip_norm)
         self.weight_optimizer.step()
@@ -217,13 +234,15 @@ class SelfTuner(Tuner):
         if self.tune_scales:
             objective = objective - self.tau * perturbation_entropy(scale)
             leaves.append(self.log_scale)
-        for leaf, gradient in zip(leaves, torch.autograd.grad(objective, leaves), strict=True):
+        # The loss too: all processes must see the same number, or only one would end on a loss that is not finite.
+        *gradients, loss = averaged_over_ranks([*torch.autograd.grad(objective, leaves), loss.detach()])
+        for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = gradient
         self.hyper_optimizer.step()
         if self.tune_scales:
             self.scale_optimizer.step()
         self._settle()
-        return float(loss.detach())
+        return float(loss)
 
     def export(self) -> nn.Module:
         """The plain network at the present hyperparameters; it is collapsed in place, and this tuner is done."""
@@ -290,8 +309,21 @@ class SelfTuner(Tuner):
 
     def _draw(self, batch: Any) -> Tensor:
         """Standard normal numbers for as many examples as a batch holds."""
-        rows = _examples(batch) if self.perturbations.per_example else 1
-        return self.perturbations.draw(rows, self.generator).to(self.u)
+        if not self.perturbations.per_example:
+            return self.perturbations.draw(1, self.generator).to(self.u)
+        before, rows, after = _places_in_whole_batch(_examples(batch), self._device)
+        whole = self.perturbations.draw(before + rows + after, self.generator)
+        return whole[before : before + rows].to(self.u)
+
+    def _average_gradients(self, loss: Tensor) -> Tensor:
+        """Average the gradients of all parameters, and the loss, over the processes that share the batch."""
+        if not distributed():
+            return loss
+        held = [p for p in self.problem.params.values() if p.grad is not None]
+        *gradients, loss = averaged_over_ranks([*(p.grad for p in held if p.grad is not None), loss])
+        for parameter, gradient in zip(held, gradients, strict=True):
+            parameter.grad = gradient
+        return loss
 
     def _input(self, k: Tensor) -> Tensor:
         return k.to(self._dtype)
@@ -334,6 +366,17 @@ class SelfTuner(Tuner):
 
 def _inverse_softplus(value: Tensor) -> Tensor:
     return value + torch.log(-torch.expm1(-value))
+
+
+def _places_in_whole_batch(rows: int, device: torch.device) -> tuple[int, int, int]:
+    """How many examples other processes hold before this one's, how many it holds, and how many come after."""
+    if not distributed():
+        return 0, rows, 0
+    mine = torch.tensor([rows], device=device)
+    found = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, mine)
+    sizes = [int(size) for size in found]
+    return sum(sizes[: rank()]), rows, sum(sizes[rank() + 1 :])
 
 
 def _examples(batch: Any) -> int:
