@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -31,6 +31,9 @@ class Accumulation:
         backward: how to backpropagate a scalar (a gradient scaler's or an accelerator's way).
         unscale: multiplies gradients of a re-evaluation, where `backward` scales the loss; None for none.
         synchronize: context for each micro-batch but the last, e.g. `DistributedDataParallel.no_sync`.
+        forward: how to get a micro-batch's outputs; None calls the model on its inputs.
+        prepared: the micro-batches themselves, where they exist already (padded each to its own length) and the pool
+            need not be cut; they share the pool's `services`.
 
     Example:
         >>> model = torch.nn.Linear(2, 2)
@@ -52,6 +55,8 @@ class Accumulation:
         backward: Callable[[Tensor], None] = torch.Tensor.backward,
         unscale: Callable[[], float] | None = None,
         synchronize: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        forward: Callable[[Step], Any] | None = None,
+        prepared: Sequence[Step] | None = None,
     ) -> None:
         self.pool = pool
         self.regularizer = regularizer
@@ -59,7 +64,8 @@ class Accumulation:
         self.backward = backward
         self.unscale = unscale
         self.synchronize = synchronize
-        self.steps = micro_steps(pool, parts)
+        self.forward = forward or (lambda step: call_model(step.model, step.inputs))
+        self.steps = micro_steps(pool, parts) if prepared is None else count_steps(pool, prepared)
         self._random: list[dict[str, Tensor]] = []
         self._device = next((p.device for p in pool.model.parameters()), torch.device("cpu"))
 
@@ -109,7 +115,7 @@ class Accumulation:
     def _forward_backward(self, step: Step, last: bool) -> Tensor:
         with nullcontext() if last else self.synchronize():
             with collect_records() as records, step.services.autocast():
-                step.outputs = call_model(step.model, step.inputs)
+                step.outputs = self.forward(step)
             step.records = records
             loss = objective(step, self.regularizer, self.criterion)
             self.backward(loss)
@@ -131,8 +137,24 @@ def micro_steps(pool: Step, parts: int) -> list[Step]:
     """Cut a pool into `parts` steps of nearly equal size, and count the whole batch (over all ranks) for them."""
     size = batch_size(pool)
     parts = max(1, min(parts, size))
-    valid = pool.valid
-    counts = torch.tensor([size, size if valid is None else int(valid.sum())], dtype=torch.float64)
+    _count(pool, [pool])
+    pool.micro_batches = parts
+    return list(_cut_steps(pool, size, parts))
+
+
+def count_steps(pool: Step, steps: Sequence[Step]) -> list[Step]:
+    """Micro-batches that exist already, with the counts of the whole batch (over all ranks); the pool gets them too."""
+    _count(pool, steps)
+    pool.micro_batches = len(steps)
+    counts = {name: getattr(pool, name) for name in ("normalizer", "num_examples", "micro_batches", "replicas")}
+    return [dataclasses.replace(step, **counts) for step in steps]
+
+
+def _count(pool: Step, steps: Sequence[Step]) -> None:
+    """Examples and valid tokens of `steps`, over all ranks, written to the pool."""
+    sizes = [batch_size(step) for step in steps]
+    valid = [size if step.valid is None else int(step.valid.sum()) for size, step in zip(sizes, steps, strict=True)]
+    counts = torch.tensor([sum(sizes), sum(valid)], dtype=torch.float64)
     pool.replicas = 1
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         device = next((p.device for p in pool.model.parameters()), torch.device("cpu"))
@@ -140,8 +162,6 @@ def micro_steps(pool: Step, parts: int) -> list[Step]:
         dist.all_reduce(counts)
         pool.replicas = dist.get_world_size()
     pool.num_examples, pool.normalizer = (max(1.0, float(c)) for c in counts)
-    pool.micro_batches = parts
-    return list(_cut_steps(pool, size, parts))
 
 
 def _cut_steps(pool: Step, size: int, parts: int) -> Iterator[Step]:
