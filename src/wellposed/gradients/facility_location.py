@@ -49,9 +49,8 @@ def facility_location(
     S = similarity if similarity.ndim == 3 else similarity[None]
     groups, n = S.shape[:2]
     usable = S.new_ones((groups, n), dtype=torch.bool) if valid is None else valid.reshape(groups, n)
-    S = S.masked_fill(
-        ~(usable[:, :, None] & usable[:, None, :]), 0.0
-    )  # what does not exist needs no one to stand for it
+    # What does not exist needs no one to stand for it. This is a copy in any case: greedy works in place.
+    S = S.masked_fill(~(usable[:, :, None] & usable[:, None, :]), 0.0)
     if not bool(torch.isfinite(S).all()):
         raise ValueError("facility_location: similarity must be finite")
     budgets = torch.as_tensor(budget, device=S.device).expand(groups)
@@ -64,24 +63,23 @@ def facility_location(
     return (picks, gains) if similarity.ndim == 3 else (picks[0], gains[0])
 
 
-def _greedy(S: Tensor, budgets: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
-    groups = len(S)
+def _greedy(left: Tensor, budgets: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
+    """`left[i, j]` is what j would add for i: at first S itself, so that a shift of S changes no choice."""
+    groups, n = left.shape[:2]
     rounds = int(budgets.max()) if groups else 0
-    picks = torch.full((groups, rounds), -1, dtype=torch.int64, device=S.device)
-    gains = S.new_zeros((groups, rounds))
-    free, every, covered = usable.clone(), torch.arange(groups, device=S.device), S[:, :, 0]
+    taken, picks, gains = ~usable, [], []
     for number in range(rounds):
-        # The first pick is the medoid: its gain is counted from nothing, so that a shift of S changes no choice.
-        left = S if number == 0 else (S - covered[:, :, None]).clamp(min=0.0)
-        gain = left.sum(1).masked_fill(~free, -torch.inf)
-        best = gain.argmax(1)
-        acting = budgets > number
-        picks[:, number] = torch.where(acting, best, -1)
-        gains[:, number] = torch.where(acting, gain[every, best], 0.0)
-        free[every, best] = False
-        chosen = S[every, :, best]
-        covered = chosen if number == 0 else torch.maximum(covered, chosen)
-    return picks, gains
+        gain, best = left.sum(1).masked_fill_(taken, -torch.inf).max(1)  # the first of equal ones
+        picks.append(best)
+        gains.append(gain)
+        taken.scatter_(1, best[:, None], True)
+        if number + 1 < rounds:
+            # In place and from what is left: the gains stay exact where they are small.
+            left.sub_(left.gather(2, best[:, None, None].expand(-1, n, 1))).clamp_(min=0.0)
+    if not rounds:
+        return torch.empty((groups, 0), dtype=torch.int64, device=left.device), left.new_zeros((groups, 0))
+    acting = torch.arange(rounds, device=left.device) < budgets[:, None]
+    return torch.stack(picks, 1).masked_fill(~acting, -1), torch.stack(gains, 1).masked_fill(~acting, 0.0)
 
 
 def pairwise_similarity(
