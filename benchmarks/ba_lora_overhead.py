@@ -18,13 +18,13 @@ from wellposed import Step
 from wellposed.accumulation import Accumulation
 from wellposed.losses.adapter_teacher import FrozenCopyTeacher, InitialAdapterTeacher
 from wellposed.losses.bias_alleviating import BiasAlleviatingLoRA
-from wellposed.losses.logit_terms import LogitConsistency, LogitDiversity
-from wellposed.losses.spectral_concentration import (
+from wellposed.losses.logit_spectrum import (
     head_factor,
     logits_in_head_basis,
     randomized_singular_values,
     spectral_concentration,
 )
+from wellposed.losses.logit_terms import LogitConsistency, LogitDiversity
 from wellposed.losses.spectral_term import SpectralConcentration
 from wellposed.objective import cross_entropy
 from wellposed.regularizer import Regularizer

@@ -19,7 +19,7 @@ from torch import nn
 from wellposed import Regularizer, Step
 from wellposed.accumulation import Accumulation
 from wellposed.gradients.coreset_gradients import CoresetGradients
-from wellposed.gradients.facility_location import (
+from wellposed.gradients.greedy_medoids import (
     facility_location,
     facility_location_value,
     pairwise_similarity,

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from wellposed import Step
 from wellposed.accumulation import Accumulation
 from wellposed.gradients import SharpnessAwareMinimization
-from wellposed.gradients.regularized_gradient import RegularizedGradient
+from wellposed.gradients.sharpness_steering import RegularizedGradient
 from wellposed.objective import cross_entropy
 from wellposed.regularizer import Regularizer
 from wellposed.weights.attention_projections import split_attention

@@ -12,7 +12,7 @@ from wellposed import Step
 from wellposed.gradients import adam_features
 from wellposed.gradients.adam_features import AdamMoments, GradientRows, adam_direction, sparse_features
 from wellposed.gradients.coreset_gradients import CoresetGradients
-from wellposed.gradients.facility_location import facility_location, pairwise_similarity
+from wellposed.gradients.greedy_medoids import facility_location, pairwise_similarity
 from wellposed.gradients.last_layer_gradient import last_linear_weight, linear_gradients, mean_token_loss
 from wellposed.gradients.zeroth_order import directional_differences
 from wellposed.objective import cross_entropy

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import config
 
-from wellposed.gradients.facility_location import (
+from wellposed.gradients.greedy_medoids import (
     cluster_sizes,
     facility_location,
     facility_location_value,
     pairwise_similarity,
 )
-from wellposed.gradients.source_budgets import small_sources, source_budgets
+from wellposed.gradients.source_shares import small_sources, source_budgets
 
 F64 = torch.float64
 

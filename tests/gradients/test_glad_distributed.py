@@ -15,7 +15,7 @@ SCRIPT = """
     from functools import partial
     from torch import nn
     from wellposed import fit
-    from wellposed.gradients.regularized_gradient import RegularizedGradient
+    from wellposed.gradients.sharpness_steering import RegularizedGradient
     from wellposed.indexed_dataset import TensorLoader
 
     rank, world, folder, sync = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "sync"

@@ -15,9 +15,9 @@ from wellposed import Compose, Pair, Step, fit
 from wellposed.accumulation import Accumulation
 from wellposed.batching import Batch
 from wellposed.gradients.coreset_loader import CoresetBatchSampler, CoresetDataLoader
-from wellposed.gradients.facility_location import pairwise_similarity
+from wellposed.gradients.greedy_medoids import pairwise_similarity
 from wellposed.gradients.mini_batch_coreset import MiniBatchCoreset
-from wellposed.gradients.source_budgets import source_budgets
+from wellposed.gradients.source_shares import source_budgets
 from wellposed.objective import cross_entropy
 from wellposed.regularizer import Regularizer, RequirementError, check_requirements
 from wellposed.studies.problems.coreset_cases import replay_shortfall

@@ -17,7 +17,7 @@ from wellposed.gradients.factor_perturbation import (
     weight_space_moves,
 )
 from wellposed.gradients.gradient_rules import RULES
-from wellposed.gradients.regularized_gradient import RegularizedGradient
+from wellposed.gradients.sharpness_steering import RegularizedGradient
 from wellposed.indexed_dataset import TensorLoader
 from wellposed.step import LoopServices, Step
 from wellposed.weights.low_rank import LowRankAdaptation, add_low_rank

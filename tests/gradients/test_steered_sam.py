@@ -11,7 +11,7 @@ from torch import nn
 
 from wellposed import Hyperparameter, fit
 from wellposed.gradients.gradient_rules import RULES
-from wellposed.gradients.regularized_gradient import RegularizedGradient
+from wellposed.gradients.sharpness_steering import RegularizedGradient
 from wellposed.gradients.steered_sam import SteeredSAM
 from wellposed.indexed_dataset import TensorLoader
 from wellposed.weights.low_rank import add_low_rank

@@ -18,8 +18,8 @@ from wellposed.losses.adapter_teacher import FrozenCopyTeacher, InitialAdapterTe
 from wellposed.losses.bias_alleviating import BiasAlleviatingLoRA
 from wellposed.losses.logit_consistency import kl_consistency, normalized_mse_consistency
 from wellposed.losses.logit_diversity import logit_covariance, topk_entropy
+from wellposed.losses.logit_spectrum import spectral_concentration
 from wellposed.losses.logit_terms import LogitConsistency, LogitDiversity
-from wellposed.losses.spectral_concentration import spectral_concentration
 from wellposed.losses.spectral_term import SpectralConcentration
 from wellposed.objective import cross_entropy
 from wellposed.weights.low_rank import LowRankAdaptation

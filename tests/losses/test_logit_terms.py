@@ -15,13 +15,13 @@ from wellposed.losses.adapter_teacher import StoredTeacher
 from wellposed.losses.logit_consistency import kl_consistency, normalized_mse_consistency, teacher_confidence
 from wellposed.losses.logit_diversity import logit_covariance, topk_entropy
 from wellposed.losses.logit_rows import shifted, valid_rows
-from wellposed.losses.logit_terms import LogitConsistency, LogitDiversity
-from wellposed.losses.spectral_concentration import (
+from wellposed.losses.logit_spectrum import (
     head_factor,
     logits_in_head_basis,
     randomized_singular_values,
     spectral_concentration,
 )
+from wellposed.losses.logit_terms import LogitConsistency, LogitDiversity
 from wellposed.losses.spectral_term import SpectralConcentration
 from wellposed.losses.strength_schedule import find_schedule
 

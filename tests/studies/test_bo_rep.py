@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from jaxtyping import config
 
 from wellposed import BilevelProblem
 from wellposed.batching import Batch
@@ -30,6 +31,21 @@ RNN = {"problem": "rnn", "gain": 3.0, "budget": 120}
 CLEANING = {"problem": "cleaning", "budget": 200}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def unchecked():
+    """Without types and shapes, which the tests of tuning/ check: a study's many steps would double in time."""
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture(scope="module")
+def invariants():
+    """The cases of the exact claim, run once."""
+    return STUDY.exact["step-and-scale"]()
+
+
 def settings(method, base, **others):
     return {**base, "method": method, **RATES, **OWN.get(method, {}), **others}
 
@@ -39,8 +55,9 @@ def trial(chosen, phase="evaluate", seed=None):
     return Trial("s", "arm", "smoke", phase, chosen, seed, "f")
 
 
-def test_smoke_runs_every_arm_and_claim(tmp_path):
-    found = run_study(STUDY, find_card("bo-rep"), StudyOptions("smoke", tmp_path, engine="serial"))
+def test_smoke_runs_every_arm_and_claim(tmp_path, invariants):
+    once = replace(STUDY, exact={"step-and-scale": lambda: invariants})
+    found = run_study(once, find_card("bo-rep"), StudyOptions("smoke", tmp_path, engine="serial"))
     assert set(found.values) == set(STUDY.estimands)
     assert all(o.status == "finished" for arm in found.arms.values() for o in arm.outcomes)
     assert [figure.svg.startswith("<svg") for figure in STUDY.figures(found)] == [True, True, True]
@@ -58,15 +75,13 @@ def test_an_arm_uses_its_budget_of_oracle_calls_and_no_step_more_would_fit(metho
         if budget == 6000:
             assert total == {"stocbio": 272}.get(method, 1500) or method == "borep"
             continue
-        calls = []
-        for steps in (total, total + 1):
-            problem = CoshProblem([0], 1.0)
-            tuner = make_tuner({**chosen, "outer_lr": 1e-3, "decay": "none"}, problem, 1)
-            train, validation = noise_stream([0], 0), noise_stream([0], 1)
-            for _ in range(steps):
-                tuner.step(train, validation)
+        problem, calls = CoshProblem([0], 1.0), []
+        tuner = make_tuner({**chosen, "outer_lr": 1e-3, "decay": "none"}, problem, 1)
+        train, validation = noise_stream([0], 0), noise_stream([0], 1)
+        for _ in range(total + 1):
+            tuner.step(train, validation)
             calls.append(problem.calls)
-        assert calls[0] <= budget < calls[1], (method, own, calls)
+        assert calls[-2] <= budget < calls[-1], (method, own, calls[-2:])
 
 
 # The problems
@@ -227,7 +242,7 @@ def test_an_unknown_arm_is_refused():
 
 
 def test_a_tuning_trial_of_the_closed_form_is_the_mean_of_four_draws():
-    chosen = settings("borep", COSH)
+    chosen = settings("borep", {**COSH, "budget": 120})
     together = run(trial(chosen, "tune")).metrics
     values = []
     for seed in range(4):
@@ -249,7 +264,7 @@ def test_a_run_that_leaves_the_numbers_counts_as_no_progress():
 
 
 def test_one_diverged_draw_does_not_end_the_others():
-    chosen = settings("masoba", {**COSH, "budget": 6000}, outer_lr=3e-4, decay="none")
+    chosen = settings("masoba", COSH, outer_lr=3e-4, decay="none")
     share = run(trial(chosen, "tune")).metrics["no_progress"]
     assert 0 < share < 1
 
@@ -374,9 +389,8 @@ def test_regimes_hold_from_their_threshold_on(regime, arm, good, bad):
     assert [c.holds for c in regime(seeds_of(**{arm: bad}))] == [False]
 
 
-def test_the_exact_claim_holds_in_every_case():
-    cases = STUDY.exact["step-and-scale"]()
-    assert len(cases) == 3 * 5 * 3 and all(case.holds for case in cases)
+def test_the_exact_claim_holds_in_every_case(invariants):
+    assert len(invariants) == 3 * 5 * 3 and all(case.holds for case in invariants)
 
 
 @pytest.mark.slow

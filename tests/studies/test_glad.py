@@ -10,7 +10,7 @@ from jaxtyping import config
 from torch import nn
 
 from wellposed.datasets.registry import DatasetNotInstalled, find_dataset, is_installed
-from wellposed.gradients.regularized_gradient import RegularizedGradient
+from wellposed.gradients.sharpness_steering import RegularizedGradient
 from wellposed.lab.space import Choice, Range
 from wellposed.lab.study import Seed, protocol_of
 from wellposed.lab.study_run import StudyOptions, run_study

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from jaxtyping import config
 
 from wellposed.datasets.registry import ENVIRONMENT, DatasetNotInstalled
 from wellposed.hyperparameter import substituted
@@ -55,6 +56,15 @@ SETTINGS = {
 def trial(method, phase="evaluate", **settings):
     chosen = {**SETTINGS, **settings, "method": method}
     return Trial("s", "arm", "smoke", phase, chosen, 1000 if phase == "evaluate" else 0, "f")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unchecked():
+    """Without types and shapes, which the tests of tuning/ check: a study's many steps would double in time."""
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(scope="module")

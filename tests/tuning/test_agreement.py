@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from jaxtyping import config
 from scipy.optimize import minimize_scalar
 from torch import nn
 
@@ -15,6 +16,15 @@ from wellposed.tuning import BOREP, HOAG, MAID, ImplicitDifferentiation, OneStep
 from wellposed.weights import WeightDecay
 
 ROWS, COLUMNS = 24, 5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unchecked():
+    """Without types and shapes, which each tuner's own tests check: thousands of small steps would double in time."""
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", before)
 
 
 def data():
@@ -48,39 +58,52 @@ TUNERS = {
         partial(ImplicitDifferentiation, inner_lr=0.2, outer_lr=0.05, inner_steps=20, cg_steps=10),
         80,
     ),
-    "MAID": (partial(MAID, **MODULI, on_uncertified="ignore"), 25),
+    "MAID": (partial(MAID, **MODULI, on_uncertified="ignore"), 16),
     # Not longer: its step size grows at the minimum until the point jumps between both sides of it.
     "HOAG": (partial(HOAG, step_scale=0.1, **MODULI, on_uncertified="ignore"), 80),
     "Delta-STN": (
         partial(
-            self_tuner := partial(
-                SelfTuner,
-                weight_optimizer=partial(torch.optim.SGD, lr=0.03, momentum=0.9),
-                hyper_optimizer=partial(torch.optim.Adam, lr=0.03),
-                scale=0.1,
-                tune_scales=False,
-                train_steps=10,
-                warmup_steps=200,
-            ),
-            delta=True,
+            SelfTuner,
+            weight_optimizer=partial(torch.optim.SGD, lr=0.03, momentum=0.9),
+            hyper_optimizer=partial(torch.optim.Adam, lr=0.03),
+            scale=0.1,
+            tune_scales=False,
+            train_steps=10,
+            warmup_steps=200,
         ),
         3000,
     ),
-    "STN": (partial(self_tuner, delta=False, weight_optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9)), 3000),
+    "STN": (
+        partial(
+            SelfTuner,
+            weight_optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+            hyper_optimizer=partial(torch.optim.SGD, lr=0.1),
+            scale=0.1,
+            tune_scales=False,
+            delta=False,
+            train_steps=5,
+            warmup_steps=100,
+        ),
+        900,
+    ),
     "TPE": (
         partial(
             OptunaSearch,
-            steps_per_trial=100,
+            steps_per_trial=50,
             boxes={"strength": (math.exp(-4), math.exp(4), True)},
             weight_optimizer=partial(torch.optim.SGD, lr=0.2),
             seed=0,
         ),
-        100 * 25,
+        50 * 15,
     ),
 }
 
 
-@pytest.mark.parametrize("name", TUNERS)
+# A Delta-STN's slow response takes 3000 steps to settle; test_response_theory has a shorter run to a closed form.
+SLOW = {"Delta-STN": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in TUNERS])
 def test_tuners_agree_with_the_closed_form(name):
     make, steps = TUNERS[name]
     per_example = name.endswith("STN")
@@ -112,7 +135,7 @@ def test_one_unrolled_step_is_short_sighted():
     model = nn.Sequential(nn.Linear(COLUMNS, 1, bias=False).double())
     problem = BilevelProblem.from_regularizer(model, WeightDecay(strength), squared_error)
     train, validation = data()
-    OneStepUnrolled(problem, inner_lr=0.1, outer_lr=0.3).run([train], [validation], 600)
+    OneStepUnrolled(problem, inner_lr=0.1, outer_lr=0.3).run([train], [validation], 300)
     assert torch.isfinite(strength.raw)
     assert abs(float(strength.raw) - best()) > 0.5
 

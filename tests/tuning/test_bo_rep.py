@@ -14,6 +14,7 @@ from torch import nn
 
 from wellposed import BilevelProblem, Hyperparameter
 from wellposed.step import DivergenceError
+from wellposed.studies.problems import bo_rep_invariants
 from wellposed.studies.problems.bo_rep_invariants import OUTER_LR, trajectory
 from wellposed.studies.problems.unbounded_smoothness import CoshProblem, noise_stream
 from wellposed.tuning import BOREP, StocBiO, clipped_ma_soba, ma_soba, normalized_ma_soba, soba, upper_parameters
@@ -22,7 +23,7 @@ from wellposed.tuning.bilevel_updates import linear_system_step, project_to_ball
 
 @pytest.fixture
 def unchecked():
-    """Let bad arguments reach our own errors: jaxtyping would refuse them first."""
+    """For bad arguments, which jaxtyping would refuse before our own errors, and for runs of many small steps."""
     before = config.jaxtyping_disable
     config.update("jaxtyping_disable", True)
     yield
@@ -42,7 +43,9 @@ def still():
 
 
 @pytest.mark.parametrize("radius", [1.0, 4.0, 8.0])
-def test_every_step_has_length_outer_lr_and_no_other_scale_of_the_outer_loss_moves_a_path(radius):
+@pytest.mark.usefixtures("unchecked")
+def test_every_step_has_length_outer_lr_and_no_other_scale_of_the_outer_loss_moves_a_path(radius, monkeypatch):
+    monkeypatch.setattr(bo_rep_invariants, "STEPS", 25)  # the study's exact claim has 100
     x, y, tuner = trajectory([0], radius)
     assert float(((x[2:] - x[1:-1]).norm(dim=-1) / OUTER_LR - 1).abs().max()) < 1e-6
     assert torch.equal(x[0], x[1])  # z and m start at zero: the first step has no direction
@@ -360,6 +363,7 @@ def ridge():
 
 
 @pytest.mark.parametrize("solver", ["sgd", "cg"])
+@pytest.mark.usefixtures("unchecked")
 def test_ridge_with_decayed_steps_lands_where_brent_finds_the_minimum(solver):
     problem, best = ridge()
     tuner = BOREP(problem, 0.1, 0.1, 0.1, schedule="cosine", linear_solver=solver, reuse_batch=True, cg_steps=2)
@@ -369,6 +373,7 @@ def test_ridge_with_decayed_steps_lands_where_brent_finds_the_minimum(solver):
     assert history[-1].values["decay"] == pytest.approx(math.exp(float(problem.hypers["decay"].raw)))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_stocbio_lands_there_too():
     problem, best = ridge()
     StocBiO(problem, 1.0, 0.1, 0.1, schedule="cosine").run([0], [0], steps=60)
@@ -472,6 +477,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(inner_optimizer):
     lambda p: clipped_ma_soba(p, 0.05, 0.3, 0.3, 2.0, independent=1),
     lambda p: StocBiO(p, 0.01, 0.3, 0.3, independent=1),
 ])  # fmt: skip
+@pytest.mark.usefixtures("unchecked")
 def test_independent_problems_run_as_each_would_alone(make):
     def path(seeds):
         problem = CoshProblem(seeds, 1.0)
@@ -485,6 +491,7 @@ def test_independent_problems_run_as_each_would_alone(make):
         torch.testing.assert_close(together[i : i + 1], path([i]), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_one_independent_problem_is_the_plain_one():
     paths = []
     for independent in (0, 1):
@@ -516,6 +523,7 @@ def test_schedules_scale_the_outer_step_alone():
         BOREP(quadratic(), 0.1, 0.1, 0.1, schedule="cosine").step(*still())
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_an_encoder_is_learned_in_place_and_its_head_stays_the_lower_level():
     torch.manual_seed(0)
     encoder, head = nn.Sequential(nn.Linear(3, 4), nn.Tanh()), nn.Linear(4, 2)

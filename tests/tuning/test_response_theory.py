@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from jaxtyping import config
 from scipy.optimize import brentq
 from torch import nn
 
@@ -14,6 +15,15 @@ from wellposed.bilevel import BilevelProblem
 from wellposed.objective import squared_error
 from wellposed.tuning import SelfTuner, response_linear
 from wellposed.weights import WeightDecay
+
+
+@pytest.fixture
+def unchecked():
+    """For runs of many small steps: types and shapes are checked by the other tests of this file."""
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", before)
 
 
 def ridge(seed, rows=30, columns=6):
@@ -114,6 +124,7 @@ def test_the_stationary_strength_is_that_of_the_exact_holdout_loss_but_for_the_k
 
 
 @pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.usefixtures("unchecked")
 def test_training_finds_the_strength_that_minimises_the_holdout_loss(delta):
     x, t, vx, vt = (v.float() for v in ridge(1))
     best = brentq(lambda u: implicit_hypergradient(*(v.double() for v in (x, t, vx, vt)), u), -6, 4)
@@ -126,7 +137,7 @@ def test_training_finds_the_strength_that_minimises_the_holdout_loss(delta):
         delta=delta, train_steps=4, warmup_steps=200,
     )  # fmt: skip
     train, validation = TensorLoader(x, t, batch_size=30), TensorLoader(vx, vt, batch_size=30)
-    tuner.run(train, validation, 800)
+    tuner.run(train, validation, 600)
     found = [values["strength"] for values in tuner.schedule.values[-60:]]
     assert np.mean(np.log(found)) - math.log(2) == pytest.approx(best, abs=0.15)
 

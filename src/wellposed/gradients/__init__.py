@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from .conservative_objective import ConservativeObjective as ConservativeObjective
     from .coreset_loader import CoresetBatchSampler as CoresetBatchSampler
     from .coreset_loader import CoresetDataLoader as CoresetDataLoader
-    from .facility_location import facility_location as facility_location
-    from .facility_location import pairwise_similarity as pairwise_similarity
     from .gradient_rules import regularized_gradient as regularized_gradient
+    from .greedy_medoids import facility_location as facility_location
+    from .greedy_medoids import pairwise_similarity as pairwise_similarity
     from .last_layer_gradient import last_layer_gradients as last_layer_gradients
     from .mini_batch_coreset import MiniBatchCoreset as MiniBatchCoreset
     from .multiplier import dual_ascent as dual_ascent
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from .offline_search import percentile_report as percentile_report
     from .output_gradient import MeanPrediction as MeanPrediction
     from .output_gradient import mean_output as mean_output
-    from .regularized_gradient import RegularizedGradient as RegularizedGradient
     from .sharpness_aware import SharpnessAwareMinimization as SharpnessAwareMinimization
     from .sharpness_aware import perturbed as perturbed
     from .sharpness_constraint import SurrogateSharpness as SurrogateSharpness
     from .sharpness_measure import surrogate_sharpness as surrogate_sharpness
-    from .source_budgets import small_sources as small_sources
-    from .source_budgets import source_budgets as source_budgets
+    from .sharpness_steering import RegularizedGradient as RegularizedGradient
     from .source_discovery import SourceDiscovery as SourceDiscovery
+    from .source_shares import small_sources as small_sources
+    from .source_shares import source_budgets as source_budgets
     from .steered_sam import SteeredSAM as SteeredSAM
     from .surrogate_ensemble import SurrogateEnsemble as SurrogateEnsemble
     from .surrogate_ensemble import ensemble_squared_error as ensemble_squared_error
@@ -38,13 +38,13 @@ __getattr__, __dir__, __all__ = lazy.attach(
     submod_attrs={
         "conservative_objective": ["ConservativeObjective"],
         "coreset_loader": ["CoresetBatchSampler", "CoresetDataLoader"],
-        "facility_location": ["facility_location", "pairwise_similarity"],
+        "greedy_medoids": ["facility_location", "pairwise_similarity"],
         "last_layer_gradient": ["last_layer_gradients"],
         "gradient_rules": ["regularized_gradient"],
         "mini_batch_coreset": ["MiniBatchCoreset"],
-        "regularized_gradient": ["RegularizedGradient"],
+        "sharpness_steering": ["RegularizedGradient"],
         "steered_sam": ["SteeredSAM"],
-        "source_budgets": ["small_sources", "source_budgets"],
+        "source_shares": ["small_sources", "source_budgets"],
         "source_discovery": ["SourceDiscovery"],
         "multiplier": ["dual_ascent"],
         "offline_search": [

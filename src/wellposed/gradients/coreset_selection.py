@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .facility_location import Metric, cluster_sizes, facility_location, pairwise_similarity
-from .source_budgets import source_budgets
+from .greedy_medoids import Metric, cluster_sizes, facility_location, pairwise_similarity
+from .source_shares import source_budgets
 
 
 class Selection(NamedTuple):

@@ -21,11 +21,11 @@ from ..step import Step
 from .adam_features import AdamMoments, GradientRows, sparse_features
 from .coreset_gradients import CoresetGradients, Feature
 from .coreset_selection import Picks, Selection, any_of, grouped, medoids, random_picks
-from .facility_location import METRICS, Metric
+from .greedy_medoids import METRICS, Metric
 from .pool_exchange import PoolExchange
-from .source_budgets import small_by_size
-from .source_budgets import small_sources as below_mean
 from .source_discovery import SourceDiscovery
+from .source_shares import small_by_size
+from .source_shares import small_sources as below_mean
 
 Rows = Callable[[Tensor], GradientRows]
 

@@ -16,8 +16,8 @@ from ..hyperparameter import refuse_hyperparameter
 from ..step import copied_buffers, random_numbers, restore_random_numbers
 from .factor_perturbation import low_rank_factors
 from .gradient_rules import Rule, Scope
-from .regularized_gradient import SharpnessSteering, refuse_sparse
 from .sharpness_aware import gradient_norm
+from .sharpness_steering import SharpnessSteering, refuse_sparse
 
 _SETTINGS = ("rho", "lam", "sagm_alpha", "every", "rule", "scope")
 

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from .logit_consistency import teacher_confidence as teacher_confidence
     from .logit_diversity import logit_covariance as logit_covariance
     from .logit_diversity import topk_entropy as topk_entropy
+    from .logit_spectrum import head_factor as head_factor
+    from .logit_spectrum import logits_in_head_basis as logits_in_head_basis
+    from .logit_spectrum import randomized_singular_values as randomized_singular_values
+    from .logit_spectrum import spectral_concentration as spectral_concentration
     from .logit_terms import LogitConsistency as LogitConsistency
     from .logit_terms import LogitDiversity as LogitDiversity
     from .mixup import Mixup as Mixup
@@ -43,10 +47,6 @@ if TYPE_CHECKING:
     from .sample_selection import small_loss as small_loss
     from .self_distillation import ProgressiveSelfDistillation as ProgressiveSelfDistillation
     from .soft_targets import progressive_targets as progressive_targets
-    from .spectral_concentration import head_factor as head_factor
-    from .spectral_concentration import logits_in_head_basis as logits_in_head_basis
-    from .spectral_concentration import randomized_singular_values as randomized_singular_values
-    from .spectral_concentration import spectral_concentration as spectral_concentration
     from .spectral_term import SpectralConcentration as SpectralConcentration
 
 __getattr__, __dir__, __all__ = lazy.attach(
@@ -69,7 +69,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "logit_consistency": ["kl_consistency", "normalized_mse_consistency", "teacher_confidence"],
         "logit_diversity": ["logit_covariance", "topk_entropy"],
         "logit_terms": ["LogitConsistency", "LogitDiversity"],
-        "spectral_concentration": [
+        "logit_spectrum": [
             "head_factor",
             "logits_in_head_basis",
             "randomized_singular_values",

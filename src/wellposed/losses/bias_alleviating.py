@@ -15,8 +15,8 @@ from ..regularizer import Regularizer
 from ..step import Step
 from .adapter_teacher import AdapterTeacher
 from .logit_rows import shifted, valid_labels
+from .logit_spectrum import Norm
 from .logit_terms import LogitConsistency, LogitDiversity, LogitTerm, Per
-from .spectral_concentration import Norm
 from .spectral_term import SpectralConcentration
 
 Task = Literal["classification", "generation"]

@@ -14,8 +14,7 @@ from ..batching import unwrap
 from ..hyperparameter import Hyperparameter
 from ..step import Step, record
 from .logit_rows import valid_rows
-from .logit_terms import LogitTerm, Per, check_per
-from .spectral_concentration import (
+from .logit_spectrum import (
     Method,
     Norm,
     check_spectrum,
@@ -23,6 +22,7 @@ from .spectral_concentration import (
     logits_in_head_basis,
     spectral_concentration,
 )
+from .logit_terms import LogitTerm, Per, check_per
 from .strength_schedule import Factor, Schedule
 
 _HIDDEN = "spectral concentration: hidden"

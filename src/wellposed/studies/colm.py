@@ -21,7 +21,7 @@ from ..batching import unwrap
 from ..fit import fit
 from ..gradients.last_layer_gradient import take
 from ..gradients.mini_batch_coreset import MiniBatchCoreset
-from ..gradients.source_budgets import small_sources
+from ..gradients.source_shares import small_sources
 from ..indexed_dataset import epoch_seed
 from ..lab.study import Condition, Seed, Study
 from ..lab.trial import Trial, TrialResult

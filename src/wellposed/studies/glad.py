@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from ..compose import Compose
 from ..fit import fit
-from ..gradients.regularized_gradient import RegularizedGradient
+from ..gradients.sharpness_steering import RegularizedGradient
 from ..lab.protocol import Protocol
 from ..lab.study import Condition, Seed, Study
 from ..lab.trial import Trial, TrialResult

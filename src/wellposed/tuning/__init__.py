@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 import lazy_loader as lazy
 
 if TYPE_CHECKING:
-    from .batched_conjugate_gradient import LinearSolverError as LinearSolverError
-    from .batched_conjugate_gradient import batched_conjugate_gradient as batched_conjugate_gradient
     from .bo_rep import BOREP as BOREP
     from .certified_problem import CertifiedProblem as CertifiedProblem
+    from .conjugate_gradient import LinearSolverError as LinearSolverError
+    from .conjugate_gradient import batched_conjugate_gradient as batched_conjugate_gradient
     from .constants import Estimated as Estimated
     from .constants import Known as Known
     from .conversion import collapse as collapse
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from .strongly_convex import InnerSolverError as InnerSolverError
     from .strongly_convex import solve_strongly_convex as solve_strongly_convex
     from .unrolled import OneStepUnrolled as OneStepUnrolled
-    from .upper_parameters import upper_parameters as upper_parameters
+    from .upper_values import upper_parameters as upper_parameters
 
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
@@ -62,7 +62,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "response_input": ["ResponseState"],
         "schedule": ["ReplaySchedule", "Schedule"],
         "self_tuning": ["SelfTuner"],
-        "batched_conjugate_gradient": ["LinearSolverError", "batched_conjugate_gradient"],
+        "conjugate_gradient": ["LinearSolverError", "batched_conjugate_gradient"],
         "bo_rep": ["BOREP"],
         "certified_problem": ["CertifiedProblem"],
         "constants": ["Estimated", "Known"],
@@ -83,6 +83,6 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "stocbio": ["StocBiO"],
         "strongly_convex": ["InnerSolverError", "solve_strongly_convex"],
         "unrolled": ["OneStepUnrolled"],
-        "upper_parameters": ["upper_parameters"],
+        "upper_values": ["upper_parameters"],
     },
 )

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..numerics.eigenvalues import lanczos
-from .batched_conjugate_gradient import batched_conjugate_gradient
+from .conjugate_gradient import batched_conjugate_gradient
 from .constants import Number
 from .derivative_check import check_second_derivatives
 from .lower_level import LowerLevel, SecondDerivatives, UpperLoss

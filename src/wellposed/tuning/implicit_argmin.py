@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .batched_conjugate_gradient import batched_conjugate_gradient
+from .conjugate_gradient import batched_conjugate_gradient
 from .strongly_convex import check_problem, solve_strongly_convex
 
 Objective = Callable[[Tensor, Tensor], Tensor]

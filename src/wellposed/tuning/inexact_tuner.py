@@ -15,8 +15,8 @@ from torch import Tensor
 from ..bilevel import BilevelProblem
 from ..loading import EndlessBatches
 from ..tuner import StepInfo, Tuner
-from .batched_conjugate_gradient import LinearSolverError
 from .certified_problem import CertifiedProblem, FlatLower, FlatUpper, WholeBatch, refuse_randomness
+from .conjugate_gradient import LinearSolverError
 from .constants import Constant, Number, Rule
 from .hypergradient import Adjoint, adjoint_hypergradient
 from .inexact_records import BudgetExhausted, MaidInfo, Point, Status, Work

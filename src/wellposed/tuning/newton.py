@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .batched_conjugate_gradient import batched_conjugate_gradient
+from .conjugate_gradient import batched_conjugate_gradient
 from .constants import Number
 from .lower_level import LowerLevel, Solver, Values
 from .strongly_convex import InnerSolution, Watch

@@ -13,7 +13,7 @@ from ...losses.adapter_layers import adapter_layers, disabled
 from ...losses.adapter_teacher import AdapterTeacher, DisabledAdapterTeacher, FrozenCopyTeacher, InitialAdapterTeacher
 from ...losses.logit_consistency import kl_consistency
 from ...losses.logit_diversity import logit_covariance
-from ...losses.spectral_concentration import spectral_concentration
+from ...losses.logit_spectrum import spectral_concentration
 from ...step import Step
 from ...weights.low_rank import add_low_rank
 

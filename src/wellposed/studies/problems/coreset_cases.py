@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...gradients.adam_features import AdamMoments, adam_direction
-from ...gradients.facility_location import facility_location, facility_location_value, pairwise_similarity
-from ...gradients.source_budgets import source_budgets
+from ...gradients.greedy_medoids import facility_location, facility_location_value, pairwise_similarity
+from ...gradients.source_shares import source_budgets
 from ...lab.study import Case
 
 F64 = torch.float64

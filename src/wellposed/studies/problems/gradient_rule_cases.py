@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...fit import fit
 from ...gradients.gradient_rules import RULES, Rule, agreement, regularized_gradient
-from ...gradients.regularized_gradient import RegularizedGradient
+from ...gradients.sharpness_steering import RegularizedGradient
 from ...indexed_dataset import TensorLoader
 from ...lab.study import Case
 

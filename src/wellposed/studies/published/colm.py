@@ -23,7 +23,7 @@ from ...batching import IGNORE_INDEX, Batch
 from ...datasets.registry import ENVIRONMENT, DatasetNotInstalled
 from ...fit import fit
 from ...gradients.mini_batch_coreset import MiniBatchCoreset
-from ...gradients.source_budgets import small_sources
+from ...gradients.source_shares import small_sources
 from ...indexed_dataset import epoch_seed
 from ...lab.protocol import Protocol
 from ...lab.study import Study

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...batching import Batch
 from ...datasets.registry import ENVIRONMENT, DatasetNotInstalled
 from ...fit import fit
-from ...gradients.regularized_gradient import RegularizedGradient
+from ...gradients.sharpness_steering import RegularizedGradient
 from ...lab.protocol import Protocol
 from ...lab.study import Study
 from ...lab.trial import Trial, TrialResult
