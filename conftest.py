@@ -7,6 +7,7 @@ from pathlib import Path
 # Before torch is imported: test processes run side by side, and must not fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded at run time
 
 from hypothesis import settings
 from jaxtyping import install_import_hook

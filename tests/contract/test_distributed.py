@@ -60,7 +60,7 @@ def test_two_ranks_end_with_the_weights_and_tables_of_one_process(tmp_path):
         for rank, world in ((0, 2), (1, 2), (0, 1))
     ]  # fmt: skip
     for run in runs:
-        _, errors = run.communicate(timeout=120)
+        _, errors = run.communicate(timeout=300)
         assert run.returncode == 0, errors
     first, second, single = (torch.load(tmp_path / f"{name}.pt") for name in ("2-0", "2-1", "1-0"))
     assert torch.equal(first[1], second[1])

@@ -100,3 +100,12 @@ def test_levels_lie_between_none_and_certain(level):
     ):
         with pytest.raises(ValueError, match=r"level must lie in \(0, 1\), got"):
             call()
+
+
+def test_rounding_to_ten_digits_changes_no_p_value():
+    # Accuracies are multiples of one over the number of test examples: sums of them tie, and must do so when rounded.
+    generator = np.random.default_rng(0)
+    for _ in range(30):
+        values = generator.integers(-200, 200, 12) / 60000
+        rounded = [float(f"{value:.10g}") for value in values / 3]
+        assert sign_flip_p(list(values / 3)) == sign_flip_p(rounded)
