@@ -15,8 +15,10 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from .lab.study import Study
     from .lab.study_run import StudyRun
     from .lab.trial import Setting
+    from .papers.catalogue import Card
 
 REPORTS = Path("wellposed-report")
 STUDIES = REPORTS / "studies"
@@ -182,13 +184,22 @@ def ledger(
     replay: Annotated[
         list[str] | None, typer.Option(help="Repeat a stale study's trials of two seeds; if all agree, it is current.")
     ] = None,
+    beside: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COMMIT",
+            help="With --replay, where this machine rounds otherwise than the entry's: compare with that commit's code, here.",
+        ),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="With --check: stale entries fail, too.")] = False,
     results: Annotated[Path, typer.Option(help="Folder of the ledger.")] = Path("results"),
     studies: Annotated[Path, typer.Option(help="Folder of finished studies.")] = STUDIES,
 ) -> None:
     """Export the verdicts of finished laptop-scale studies to the ledger, and README's table; or check both."""
+    if beside is not None and not replay:
+        raise typer.BadParameter("--beside COMMIT belongs to --replay SLUG")
     if replay:
-        _replay(replay, results)
+        _replay(replay, results, beside)
     elif not check:
         _export(studies, results)
     wrong, stale = _check(results)
@@ -224,7 +235,7 @@ def _write_summary(results: Path) -> None:
         write(Path.cwd())
 
 
-def _replay(slugs: list[str], results: Path) -> None:
+def _replay(slugs: list[str], results: Path, beside: str | None) -> None:
     from .compare.errors import UserError
     from .lab.ledger import read_ledger, write_entry
     from .lab.progress import Watch
@@ -239,6 +250,9 @@ def _replay(slugs: list[str], results: Path) -> None:
         if card.slug not in entries:
             raise UserError(f"{card.slug} is not in the ledger; it holds: {', '.join(entries) or 'nothing'}")
         entry, study = entries[card.slug], find_study(card.slug)
+        if beside is not None:
+            _replay_beside(card, study, entry, results, beside)
+            continue
         with Watch() as watch:
             wanted = replay_trials(entry, study, card, study_fingerprint(study))
             watch.stage(card.slug, len({trial.key for trial in wanted.values()}))
@@ -247,11 +261,38 @@ def _replay(slugs: list[str], results: Path) -> None:
             typer.echo(
                 f"{card.slug}: {len(found.differences)} of {found.trials} trials came out otherwise: {found.differences[0]}"
             )
-            typer.echo(f"run it again: wellposed run {card.slug}")
+            typer.echo(
+                f"if the entry is of another kind of processor: wellposed ledger --replay {card.slug} --beside COMMIT, a "
+                f"commit at which it was current; else run it again: wellposed run {card.slug}"
+            )
             continue
         write_entry(stamped(entry, found), results)
         typer.echo(f"{card.slug}: {found.trials} trials came out the same to ten digits; the entry is current")
     _write_summary(results)
+
+
+def _replay_beside(card: Card, study: Study, entry: dict[str, Any], results: Path, revision: str) -> None:
+    from .compare.errors import UserError
+    from .lab.ledger import write_entry
+    from .lab.replay import replay_trials, replayed_beside, stamped
+    from .lab.replay_beside import ReplayError, replay_beside
+    from .lab.study_run import study_fingerprint
+
+    wanted = replay_trials(entry, study, card, study_fingerprint(study))
+    trials = len({trial.key for trial in wanted.values()})
+    typer.echo(f"{card.slug}: {trials} trials by the code of {revision}, then by the present code")
+    try:
+        differences = replay_beside(card.slug, entry, revision, Path.cwd())
+    except ReplayError as error:
+        raise UserError(str(error)) from error
+    if differences:
+        typer.echo(f"{card.slug}: {len(differences)} trials came out otherwise: {differences[0]}")
+        typer.echo(f"run it again: wellposed run {card.slug}")
+        return
+    write_entry(stamped(entry, replayed_beside(entry, study, card, revision, trials)), results)
+    typer.echo(
+        f"{card.slug}: {trials} trials are the same, bit for bit, as by the code of {revision}; the entry is current"
+    )
 
 
 def _summary_text(lines: dict[str, dict[str, Any]]) -> str:

@@ -86,9 +86,7 @@ def replay(
             "fingerprint": fingerprint, "commit": commit_of(__file__), "date": datetime.date.today().isoformat(),
             "trials": len(done), "seeds": seeds,
         }  # fmt: skip
-    claims = [claim for claim in card.claims if claim.kind == "exact"]
-    exact = {name: verdict_entry(v) for name, v in judge_claims(study, card, [], claims=claims).items()}
-    return Replay(stamp, differences, len(done), exact)
+    return Replay(stamp, differences, len(done), _exact_verdicts(study, card))
 
 
 def stamped(entry: Mapping[str, Any], found: Replay) -> dict[str, Any]:
@@ -98,6 +96,21 @@ def stamped(entry: Mapping[str, Any], found: Replay) -> dict[str, Any]:
         kept = {k: v for k, v in claim.items() if claim["id"] not in found.exact or k not in _EXACT}
         claims.append({**kept, **found.exact.get(claim["id"], {})})
     return {**entry, "claims": claims, "replay": found.stamp}
+
+
+def replayed_beside(entry: Mapping[str, Any], study: Study, card: Card, revision: str, trials: int) -> Replay:
+    """What a replay leaves that agreed with the code of `revision`, on this machine; see `lab.replay_beside`."""
+    places = sorted({0, len(entry["seeds"]) - 1})
+    stamp = {
+        "fingerprint": study_fingerprint(study), "commit": commit_of(__file__), "date": datetime.date.today().isoformat(),
+        "trials": trials, "seeds": [entry["seeds"][place] for place in places], "beside": revision,
+    }  # fmt: skip
+    return Replay(stamp, [], trials, _exact_verdicts(study, card))
+
+
+def _exact_verdicts(study: Study, card: Card) -> dict[str, dict[str, Any]]:
+    claims = [claim for claim in card.claims if claim.kind == "exact"]
+    return {name: verdict_entry(v) for name, v in judge_claims(study, card, [], claims=claims).items()}
 
 
 def replay_trials(entry: Mapping[str, Any], study: Study, card: Card, fingerprint: str) -> dict[tuple[str, int], Trial]:
