@@ -1,4 +1,4 @@
-"""The subcommand `wellposed tune`, a thin shell over `wellposed.compare.tune`."""
+"""The subcommand `wellposed tune`, a thin shell over `wellposed.compare.tune` and `wellposed.compare.tune_study`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def register(app: typer.Typer) -> None:
 
 
 def tune(
-    data: Annotated[str, typer.Argument(help="A data set's name, CSV, Parquet, .npz, or a folder of images by class.")],
+    data: Annotated[
+        str,
+        typer.Argument(help="A data set's name, CSV, Parquet, .npz, a folder of images by class; or a paper's slug."),
+    ],
     method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "stn",
     learn: Annotated[
         str | None,
@@ -50,7 +53,14 @@ def tune(
     trials: Annotated[int | None, typer.Option(help=f"Trainings of a search, {SEARCH_TRIALS} by default.")] = None,
     task: Annotated[str | None, typer.Option(help="classification or regression; found from the target.")] = None,
     drop_missing: Annotated[bool, typer.Option("--drop-missing", help="Leave out rows with missing values.")] = False,
-    image_size: Annotated[int, typer.Option(help="Side in pixels to which images of a folder are resized.")] = 32,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side in pixels to which images of a folder are resized; 32.")
+    ] = None,
+    arm: Annotated[str | None, typer.Option(help="Of a study: its arm; the paper's first by default.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Of a study: configurations of a search, 8 by default.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Of a study: NAME=VALUE that is not tuned, e.g. epochs=3.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; one a core by default.")] = None,
     engine: Annotated[TuneEngine, typer.Option(help="loky: worker processes; serial: this one.")] = TuneEngine.loky,
     output: Annotated[
@@ -58,10 +68,25 @@ def tune(
     ] = None,
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> None:
-    """Learn hyperparameters while training on YOUR data, and say whether that beat leaving them alone."""
+    """Learn hyperparameters on YOUR data, or on a paper's study, and say whether that beat leaving them alone."""
     from .commands import parse_duration
     from .compare.tune_options import TuneOptions, check_tune_options
+    from .compare.tune_study.naming import refuse_options, study_slug
 
+    slug = study_slug(data)
+    if slug is not None:
+        of_data = {
+            "--learn": learn, "--target": target, "--noise": noise, "--model": model, "--epochs": epochs,
+            "--trials": trials, "--task": task, "--drop-missing": drop_missing, "--image-size": image_size,
+        }  # fmt: skip
+        instead = {"--trials": "--rounds", "--epochs": f"--set epochs={epochs}", "--learn": "--arm"}
+        refuse_options(data, of_data, "data", instead)
+        page = _tune_study(slug, method, arm, rounds, settings or [], budget, seeds, workers, engine, output)
+        if open_report:
+            webbrowser.open(page.resolve().as_uri())
+        return
+    of_study = {"--arm": arm, "--rounds": rounds, "--set": settings}
+    refuse_options(data, of_study, "a study", {"--arm": "--learn", "--rounds": "--trials"})
     options = TuneOptions(
         method=method, learn=None if learn is None else [name.strip() for name in learn.split(",") if name.strip()],
         model=model, budget=None if budget is None else parse_duration(budget), seeds=seeds, epochs=epochs,
@@ -74,7 +99,7 @@ def tune(
     from .compare.source import read_source
     from .compare.task import Task
 
-    source = read_source(data, target, drop_missing=drop_missing, image_size=image_size, task=task)
+    source = read_source(data, target, drop_missing=drop_missing, image_size=image_size or 32, task=task)
     prepared = Task.prepare(source, noise)
     options = replace(options, features=source.features)
     from .compare.tune import tune_and_report
@@ -82,6 +107,39 @@ def tune(
     page = tune_and_report(prepared, options, Console(soft_wrap=False))
     if open_report:
         webbrowser.open(page.resolve().as_uri())
+
+
+def _tune_study(
+    slug: str,
+    method: str,
+    arm: str | None,
+    rounds: int | None,
+    settings: list[str],
+    budget: str | None,
+    seeds: int,
+    workers: int | None,
+    engine: TuneEngine,
+    output: Path | None,
+) -> Path:
+    from .commands import parse_duration
+    from .compare.tune_study.options import StudyTuneOptions, check_study_options
+    from .study_commands import parse_setting
+
+    options = StudyTuneOptions(
+        method, arm, rounds, seeds, None if budget is None else parse_duration(budget),
+        dict(parse_setting(text) for text in settings), _cores() if workers is None else workers, engine.value,
+        output or REPORTS / f"tune-{slug}", shlex.join(["wellposed", *sys.argv[1:]]),
+    )  # fmt: skip
+    check_study_options(options)
+    # Only after the words are checked: torch takes a second.
+    from .compare.tune_study import tune_study_and_report
+    from .compare.tune_study.choice import prepare_study
+    from .papers.catalogue import find_card
+    from .studies.finding import find_study
+    from .studies.tunable import tunable_papers, with_offer
+
+    prepared = prepare_study(with_offer(find_study(slug)), find_card(slug), options, tunable_papers())
+    return tune_study_and_report(prepared, Console(soft_wrap=False))
 
 
 def _cores() -> int:

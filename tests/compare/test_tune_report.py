@@ -170,7 +170,8 @@ def test_the_page_needs_no_network_and_says_what_the_terminal_says(options):
     plain = checker.text.replace("−", "-")
     assert answer(result).sentence.split(". ")[0] in plain
     assert "a note" in plain
-    for figure in ("validation log loss", "dropout by", "weight decay by"):
+    drawn = ("over dropout", "over weight decay a") if options.get("search") else ("dropout by", "weight decay by")
+    for figure in ("validation log loss", *drawn):
         assert figure.lower() in page.lower()
     assert ("schedule.json" in page) == (not options.get("search"))
 

@@ -37,8 +37,8 @@ class Report:
         self.title = title
         self._next = 0.0
 
-    def write(self, step: int, steps: int, loss: float, values: Mapping[str, float]) -> None:
-        """Say where the training is, unless it was said a moment ago."""
+    def write(self, step: int | None, steps: int | None, loss: float | None, values: Mapping[str, float]) -> None:
+        """Say where the training is, unless it was said a moment ago; one that does not tell has values alone."""
         if self.path is None or time.monotonic() < self._next:
             return
         self._next = time.monotonic() + EVERY
@@ -83,8 +83,10 @@ def live_table(reports: list[dict[str, Any]], most: int = 4) -> Table:
         table.add_column(report["title"], justify="right", no_wrap=True)
     if not shown:
         return table
-    table.add_row("step", *(f"{r['step']:,}/{r['steps']:,}" for r in shown))
-    table.add_row("validation loss", *(f"{r['loss']:.4f}" for r in shown))
+    if any(r["step"] is not None for r in shown):
+        table.add_row("step", *("" if r["step"] is None else f"{r['step']:,}/{r['steps']:,}" for r in shown))
+    if any(r["loss"] is not None for r in shown):
+        table.add_row("validation loss", *("" if r["loss"] is None else f"{r['loss']:.4f}" for r in shown))
     for label in dict.fromkeys(label for r in shown for label in r["values"]):
         table.add_row(label, *(f"{r['values'][label]:.3g}" if label in r["values"] else "" for r in shown))
     return table
@@ -108,6 +110,7 @@ class TuneWatch:
         )  # fmt: skip
         self._live = Live(console=self.console, auto_refresh=False, transient=True)
         self._task: Any = None
+        self._begun = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -131,9 +134,13 @@ class TuneWatch:
 
     def stage(self, name: str, total: int) -> None:
         """Begin, or extend, the trainings to do."""
+        begun, self._begun = self._begun, True
         if self._watch is not None:
-            self._watch.stage(name, total)
-        elif self._task is None:
+            if begun:
+                self._watch.extend(total)
+            else:
+                self._watch.stage(name, total)
+        elif not begun:
             self._task = self._progress.add_task(name, total=total)
         else:
             self._progress.update(self._task, total=total)

@@ -49,14 +49,22 @@ class Pace:
 
 
 class Descent:
-    """Makes SGD with momentum, as `wellposed compare` trains, and lowers its learning rate epoch by epoch."""
+    """Makes SGD with momentum, as `wellposed compare` trains, and lowers its learning rate epoch by epoch.
 
-    def __init__(self, pace: Pace) -> None:
-        self.pace = pace
+    Args:
+        pace: of the training.
+        make: makes another optimizer.
+    """
+
+    def __init__(self, pace: Pace, make: Callable[[Any], Optimizer] | None = None) -> None:
+        self.pace, self.make = pace, make
         self.optimizer: Optimizer | None = None
 
     def __call__(self, groups: Any) -> Optimizer:
-        self.optimizer = torch.optim.SGD(groups, lr=LEARNING_RATE, momentum=0.9, nesterov=True)
+        if self.make is not None:
+            self.optimizer = self.make(groups)
+        else:
+            self.optimizer = torch.optim.SGD(groups, lr=LEARNING_RATE, momentum=0.9, nesterov=True)
         return self.optimizer
 
     def begin_epoch(self, epoch: int) -> None:

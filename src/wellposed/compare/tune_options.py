@@ -110,6 +110,11 @@ class TuneOptions:
         return METHODS[self.method]
 
     @property
+    def about(self) -> str:
+        """What the method does, with the number of its trainings."""
+        return self.chosen.about.replace("--trials times", f"{self.trainings} times")
+
+    @property
     def trainings(self) -> int:
         """Trainings of the method for each seed."""
         return (self.trials or SEARCH_TRIALS) if self.chosen.search else 1

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import statistics as plain
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..lab.figures import line_plot
 from ..lab.files import write_atomically
 from ..lab.page import figure, render
+from ..lab.scatter import scatter_plot
 from .tune_answer import Answer, answer
 from .tune_result import TuneResult
 from .tune_terminal import MARKS, measures, seconds, time_ratios, value_rows
 
+if TYPE_CHECKING:
+    from .tune_study.result import StudyTuneResult
+
 Lines = dict[str, tuple[Sequence[float], Sequence[Sequence[float]]]]
 
 
-def write_tune_page(result: TuneResult, folder: str | Path) -> Path:
-    """Write index.html.
+def write_tune_page(result: TuneResult | StudyTuneResult, folder: str | Path) -> Path:
+    """Write index.html, of data or of a study.
 
     Returns:
         Its path.
@@ -26,6 +30,10 @@ def write_tune_page(result: TuneResult, folder: str | Path) -> Path:
     Raises:
         WriteError: if it cannot be written; an older page is intact.
     """
+    if not isinstance(result, TuneResult):
+        from .tune_study.page import write_study_page
+
+        return write_study_page(result, folder)
     return write_atomically(Path(folder) / "index.html", tune_page(result))
 
 
@@ -62,6 +70,11 @@ def _place(result: TuneResult) -> str:
 def _loss_figure(result: TuneResult) -> Any:
     place = _place(result)
     lines: Lines = {}
+    if place == "training":
+        places, best = so_far(result.tuned.curves["validation loss"], min)
+        svg = line_plot({result.tuned.label: (places, best)}, place, f"lowest validation {result.loss_name} so far",
+                        f"Lowest validation {result.loss_name} by training")  # fmt: skip
+        return figure(svg)
     for arm in (result.untuned, result.tuned):
         if place in arm.curves and "validation loss" in arm.curves:
             lines[arm.label] = _curve(arm.curves, place, "validation loss")
@@ -75,6 +88,8 @@ def _loss_figure(result: TuneResult) -> Any:
 def _value_figures(result: TuneResult) -> list[dict[str, Any]]:
     """One figure a strength; several lines where it has several values."""
     curves, place = result.tuned.curves, _place(result)
+    if place == "training":
+        return [{"label": label, "svg": svg} for label, svg in _tried(result)]
     drawn = []
     for strength in result.strengths:
         if strength["left_out"] or place not in curves:
@@ -88,10 +103,58 @@ def _value_figures(result: TuneResult) -> list[dict[str, Any]]:
                 lines[short] = _curve(curves, place, label)
         if lines:
             svg = line_plot(
-                lines, place, strength["label"], f"{strength['label']} by {place}", log_y=bool(strength["log"])
+                lines,
+                place,
+                strength["label"],
+                f"{strength['label']} by {place}",
+                log_y=bool(strength["log"]),
+                narrow=True,
             )
             drawn.append({"label": strength["label"], "svg": figure(svg)})
     return drawn
+
+
+def _tried(result: TuneResult) -> list[tuple[str, Any]]:
+    """The validation loss of every training of a search over each of its values."""
+    curves = result.tuned.curves
+    losses = curves["validation loss"]
+    kept = [seed.index(min(seed)) for seed in losses]
+    drawn = []
+    for strength in result.strengths:
+        for label in strength["labels"]:
+            if label not in curves:
+                continue
+            values = curves[label]
+            groups = {
+                "tried": ([v for seed in values for v in seed], [v for seed in losses for v in seed]),
+                "initial values": ([seed[0] for seed in values], [seed[0] for seed in losses]),
+                "kept": (
+                    [seed[at] for seed, at in zip(values, kept, strict=True)],
+                    [seed[at] for seed, at in zip(losses, kept, strict=True)],
+                ),
+            }
+            what = f"validation {result.loss_name}"
+            svg = scatter_plot(groups, label, what, f"{what} over {label}", log_x=bool(strength["log"]), narrow=True)
+            drawn.append((label, figure(svg)))
+    return drawn
+
+
+def so_far(
+    seeds: Sequence[Sequence[float]], best: Callable[[Sequence[float]], float]
+) -> tuple[list[float], list[list[float]]]:
+    """The best value so far, as a line with steps: its places, and one list a seed.
+
+    Example:
+        >>> so_far([[3.0, 4.0, 1.0]], min)
+        ([1.0, 2.0, 2.0, 3.0, 3.0], [[3.0, 3.0, 3.0, 3.0, 1.0]])
+    """
+    count = max(map(len, seeds))
+    places = [1.0, *(float(at) for number in range(2, count + 1) for at in (number, number))]
+    lines = []
+    for seed in seeds:
+        found = [best(seed[: at + 1]) for at in range(len(seed))]
+        lines.append([found[0], *(v for before, now in zip(found, found[1:], strict=False) for v in (before, now))])
+    return places, lines
 
 
 def _curve(

@@ -8,7 +8,7 @@ import statistics as plain
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..lab.files import write_atomically
 from ..lab.trial import Outcome
@@ -16,6 +16,9 @@ from .task import Task
 from .tune_job import FinishedTuning
 from .tune_options import APPLIED, SINGLE, UNTUNED
 from .tune_snippet import apply_values, learn_again, replay_schedule
+
+if TYPE_CHECKING:
+    from .tune_study.result import StudyTuneResult
 
 VERSION = 1
 KIND = "tune"
@@ -165,7 +168,7 @@ def collect_tuning(finished: FinishedTuning) -> tuple[TuneResult, str | None]:
             )
     result = TuneResult(
         task.name, task.describe(), task.describe_split(), finished.model, task.metric, task.kind, task.sizes["test"],
-        method.name, f"{method.title}: {method.about}", arms, finished.seeds, finished.epochs, strengths,
+        method.name, f"{method.title}: {options.about}", arms, finished.seeds, finished.epochs, strengths,
         finished.seeds[0] if best is None else best, usage, replay, again, options.command, finished.machine,
         finished.fingerprint, finished.commit, finished.seconds, notes,
     )  # fmt: skip
@@ -182,8 +185,8 @@ def write_tuning(result: TuneResult, schedule: str | None, folder: str | Path) -
         (path / "schedule.json").unlink(missing_ok=True)  # of another method, in the same folder
 
 
-def load_tuning(folder: str | Path) -> TuneResult:
-    """Read what `write_tuning` wrote.
+def load_tuning(folder: str | Path) -> TuneResult | StudyTuneResult:
+    """Read what `write_tuning` wrote, of data or of a study.
 
     Raises:
         ValueError: if it was written by another version, or is no such result.
@@ -193,6 +196,10 @@ def load_tuning(folder: str | Path) -> TuneResult:
         content = json.loads(path.read_text("utf-8"))
         if content.get("report") != KIND or content.get("version") != VERSION:
             raise ValueError(f"{path} is no result of wellposed tune of version {VERSION}")
+        if content.get("study"):
+            from .tune_study.result import study_result_from
+
+            return study_result_from(content)
         content["arms"] = [TuneArm(**arm) for arm in content["arms"]]
         return TuneResult(**content)
     except (OSError, json.JSONDecodeError, TypeError, KeyError) as error:

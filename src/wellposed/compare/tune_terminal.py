@@ -26,7 +26,7 @@ def print_tune_header(prepared: Prepared, console: Console) -> None:
     console.print()
     console.print(Text.assemble((task.name, "bold"), f" · {task.describe()} · model: {prepared.model}"), soft_wrap=True)
     console.print(Text(task.describe_split()), soft_wrap=True)
-    console.print(Text(f"{options.chosen.title}: {options.chosen.about}"), soft_wrap=True)
+    console.print(Text(f"{options.chosen.title}: {options.about}"), soft_wrap=True)
     if plan is not None:
         learned = [s for s in plan.strengths if s.label not in plan.left_out]
         names = ", ".join(s.label + (f" ×{len(s.labels)}" if len(s.labels) > 1 else "") for s in learned)

@@ -218,6 +218,7 @@ def line_plot(
     title: str,
     log_x: bool = False,
     log_y: bool = False,
+    narrow: bool = False,
 ) -> str:
     """Named lines over their own places: the mean over seeds, and a band from the least to the greatest.
 
@@ -227,6 +228,7 @@ def line_plot(
         title: for screen readers.
         log_x: logarithmic x axis; a place of 0 is drawn at half of the next one.
         log_y: logarithmic y axis, for positive values.
+        narrow: for a figure of half the page's width, with letters of the same size.
 
     Returns:
         An `<svg>` element.
@@ -243,7 +245,7 @@ def line_plot(
         (MUTED, "-"),
     ]
     with house_style():
-        figure, (axes,) = new_figure(6.4, 3.4, 1, 1)
+        figure, (axes,) = new_figure(*((4.2, 2.6) if narrow else (6.4, 3.4)), 1, 1)
         for number, (label, (places, seeds)) in enumerate(lines.items()):
             colour, dashes = styles[number % len(styles)]
             mean, low, high = _over_seeds(seeds)
@@ -254,6 +256,8 @@ def line_plot(
             axes.plot(x, mean, color=colour, linewidth=1.8, linestyle=dashes, label=label)
         if log_x:
             axes.set_xscale("log")
+        elif all(float(place).is_integer() for places, _ in lines.values() for place in places):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))  # half an epoch is no place
         if log_y:
             axes.set_yscale("log")
         axes.set(xlabel=x_label, ylabel=y_label)

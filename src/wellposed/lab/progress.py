@@ -58,6 +58,12 @@ class Watch:
         if self._bars is not None:
             self._task = self._bars.add_task(name, total=total)  # type: ignore[assignment]
 
+    def extend(self, total: int) -> None:
+        """The stage under way turned out to have another number of pieces of work."""
+        self._total = total
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, total=total)
+
     def advance(self) -> None:
         """One more piece is done."""
         self._done += 1

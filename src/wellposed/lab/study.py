@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..papers.catalogue import Card, Claim
 from .protocol import Protocol, parse_protocol
-from .trial import Outcome, TrialResult
+from .trial import Outcome, Trial, TrialResult
 from .verdicts import LEVEL, Case, Condition, Verdict, judge_effect, judge_equivalence, judge_exact, secondary_level
 from .worker import TrialFunction
 
+if TYPE_CHECKING:
+    from .tune_problem import TuneProblem
+
 __all__ = [
-    "Case", "Condition", "Figure", "MissingTrial", "Protocol", "Seed", "Study", "TrialResult", "claim_values",
-    "judge_claims", "protocol_of",
+    "Case", "Condition", "Figure", "MissingTrial", "Protocol", "Seed", "Study", "TrialResult", "TuneOffer",
+    "claim_values", "judge_claims", "protocol_of",
 ]  # fmt: skip
 
 
@@ -88,6 +91,7 @@ class Figure:
 Estimand = Callable[[Seed], float | Mapping[str, float]]
 Regime = Callable[[Sequence[Seed]], Sequence[Condition]]
 ExactClaim = Callable[[], Sequence[Case]]
+TuneOffer = Callable[[Trial], "TuneProblem"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,8 @@ class Study:
         prepare: looks for what the protocol's arms need, before any training at laptop or paper scale, and raises
             `DatasetError` or `StudyError` where it is missing.
         figures: further figures, from the finished run (see `wellposed.lab.study_run.StudyRun`).
+        tunable: offers a trial as a model with data, for methods that learn hyperparameters within a training; a
+            top-level function. It raises `NotTunable` for an arm that it does not offer.
     """
 
     slug: str
@@ -117,6 +123,7 @@ class Study:
     needs: tuple[str, ...] = ()
     prepare: Callable[[Protocol], None] | None = None
     figures: Callable[[Any], Sequence[Figure]] | None = None
+    tunable: TuneOffer | None = None
 
     def check(self, card: Card) -> None:
         """Raise unless the module defines just what the card registers.

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Literal, cast
 
 import optuna
 
@@ -50,6 +50,7 @@ def tune_arms(
     seeds: Sequence[int] = (0,),
     score: str | Mapping[str, str] = "score",
     sampler_seed: int = 0,
+    sampler: Literal["tpe", "random"] = "tpe",
     keep_going: Callable[[int], bool] = lambda done: True,
 ) -> dict[str, Tuned]:
     """Tune all arms side by side, `rounds` configurations each; the first is every arm's default.
@@ -67,6 +68,7 @@ def tune_arms(
         seeds: tuning seeds, below 1000.
         score: metric to maximise, averaged over the seeds; a mapping gives each arm its own.
         sampler_seed: of the proposals.
+        sampler: how they are made; "random" does not look at the scores.
         keep_going: asked after each round with the number of rounds done; False ends tuning for all arms.
 
     Raises:
@@ -79,7 +81,7 @@ def tune_arms(
         raise ValueError(f"tune_arms: rounds must be >= 1, got {rounds}")
     if not seeds or any(seed >= FIRST_EVALUATION_SEED for seed in seeds):
         raise ValueError(f"tune_arms: seeds must lie below {FIRST_EVALUATION_SEED}, got {list(seeds)}")
-    searches = {arm: _Search(space, sampler_seed) for arm, space in spaces.items()}
+    searches = {arm: _Search(space, sampler_seed, sampler) for arm, space in spaces.items()}
     for number in range(max(budget.values(), default=0)):
         asked = {arm: search.ask() for arm, search in searches.items() if number < budget[arm]}
         trials = [make_trial(arm, s, seed) for arm, s in asked.items() if s is not None for seed in seeds]
@@ -99,10 +101,12 @@ def tune_arms(
 class _Search:
     """Optuna's ask and tell for one arm."""
 
-    def __init__(self, space: Space, seed: int) -> None:
+    def __init__(self, space: Space, seed: int, sampler: str) -> None:
         self.space = space
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
-        self.study = optuna.create_study(direction="maximize", sampler=sampler)
+        chosen: optuna.samplers.BaseSampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
+        if sampler == "random":
+            chosen = optuna.samplers.RandomSampler(seed=seed)
+        self.study = optuna.create_study(direction="maximize", sampler=chosen)
         self.study.enqueue_trial({name: part.middle() for name, part in space.items()})
         self.history: list[tuple[dict[str, Setting], float | None]] = []
         self.error: str | None = None
