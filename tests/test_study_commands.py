@@ -126,7 +126,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(here, capsys, words, message)
     ("slug", "message"),
     [
         ("er", "no paper 'er'. Did you mean 'elr'?"),
-        ("sltrain", "'sltrain' has no study yet (status: planned). Studies: bo-rep, elr, ignite, maid"),
+        ("sltrain", "'sltrain' has no study yet (status: planned). Studies: ba-lora, bo-rep, colm, elr"),
     ],
 )
 def test_a_wrong_slug_is_named(capsys, slug, message):

@@ -22,6 +22,9 @@ from .replay import is_current
 _PROGRAM = """
 import json, sys
 from pathlib import Path
+import wellposed
+if not Path(wellposed.__file__).resolve().is_relative_to(Path(sys.argv[4]).resolve()):
+    sys.exit(f"the package was not found in {sys.argv[4]}, but in {wellposed.__file__}")
 from wellposed.lab.replay import replay_trials
 from wellposed.lab.runner import run_trials
 from wellposed.lab.store import Store
@@ -33,7 +36,7 @@ slug, entry, folder = sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), Pa
 card, study = find_card(slug), find_study(slug)
 fingerprint = study_fingerprint(study)
 (folder / "fingerprint").write_text(fingerprint)
-if len(sys.argv) > 4 and fingerprint not in sys.argv[4:]:
+if len(sys.argv) > 5 and fingerprint not in sys.argv[5:]:
     sys.exit(0)  # another code: nothing is worth running
 wanted = replay_trials(entry, study, card, fingerprint)
 done = list({trial.key: trial for trial in wanted.values()}.values())
@@ -84,7 +87,7 @@ def _metrics(slug: str, entry: Path, place: Path, tree: Path, accepted: list[str
     environment = {**os.environ, "PYTHONPATH": str(tree / "src")}
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         environment.setdefault(name, "1")
-    command = [sys.executable, "-c", _PROGRAM, slug, str(entry), str(place), *accepted]
+    command = [sys.executable, "-c", _PROGRAM, slug, str(entry), str(place), str(tree), *accepted]
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise ReplayError(f"{slug}: the trials could not run: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
