@@ -121,7 +121,7 @@ def test_methods_that_need_the_base_are_refused_by_name(tmp_path):
     trainer_for(tmp_path, NeedsBase(), model=language_model())
     with pytest.raises(ValueError, match=r"Thaws made '.*lm_head.weight' trainable, a weight of the base"):
         trainer_for(tmp_path, Compose(Ridge(), Thaws()))
-    with pytest.raises(ValueError, match="HalfFineTuning: the model trains adapters"):
+    with pytest.raises(ValueError, match="HalfFineTuning needs the base weights, but the model is wrapped by PEFT"):
         trainer_for(tmp_path, HalfFineTuning())
 
 
