@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded at run time
 
+import jaxtyping
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -39,4 +40,14 @@ CHECKED += [
     if file.stem not in ("response_functions", "response_input")
 ]
 sys.path.insert(0, str(Path(__file__).parent / "tests" / "support"))
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def _outer_functions_only(*args, **options):
+    """Nested functions would be decorated, about a millisecond each, at every call of the outer one."""
+    decorate = _jaxtyped(*args, **options)
+    return lambda f: f if "<locals>" in getattr(f, "__qualname__", "") else decorate(f)
+
+
+jaxtyping.jaxtyped = _outer_functions_only
 hook = install_import_hook([f"wellposed.{name}" for name in CHECKED], "wellposed_typechecker.check")
