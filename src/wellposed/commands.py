@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 import webbrowser
-from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import __version__, study_commands, tune_commands
+from .compare.command_line import Engine, command_line, cores, parse_duration, parse_names
 
 app = typer.Typer(
     name="wellposed",
@@ -32,13 +30,6 @@ tune_commands.register(app)
 
 
 INTERRUPTED = 130
-
-
-class Engine(StrEnum):
-    """How trials run."""
-
-    loky = "loky"
-    serial = "serial"
 
 
 def run(arguments: list[str]) -> int:
@@ -112,16 +103,15 @@ def compare(
 ) -> None:
     """Which regularizer helps on YOUR data, and by how much? Tunes all alike, then ranks them with intervals."""
     limit = None if budget is None else parse_duration(budget)
-    names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
     from .compare.comparison import Options, check_options
     from .compare.source import read_source
     from .compare.task import Task
 
     # Cheap checks of the words first, then the data, then torch.
     options = Options(
-        methods=names, model=model, budget=limit, seeds=seeds, rounds=tuning_trials,
-        workers=_cores() if workers is None else workers, engine=engine.value,
-        output=output or _default_output(data), command=shlex.join(["wellposed", *sys.argv[1:]]),
+        methods=parse_names(methods), model=model, budget=limit, seeds=seeds, rounds=tuning_trials,
+        workers=cores() if workers is None else workers, engine=engine.value,
+        output=output or _default_output(data), command=command_line(),
     )  # fmt: skip
     check_options(options)
     source = read_source(data, target, drop_missing=drop_missing, image_size=image_size, task=task)
@@ -133,33 +123,8 @@ def compare(
         webbrowser.open(page.resolve().as_uri())
 
 
-def parse_duration(text: str) -> float:
-    """Seconds of "90", "90s", "10m" or "1.5h".
-
-    Raises:
-        typer.BadParameter: for anything else.
-
-    Example:
-        >>> parse_duration("10m"), parse_duration("90s")
-        (600.0, 90.0)
-    """
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    unit = units.get(text[-1:].lower())
-    try:
-        seconds = float(text[:-1]) * unit if unit else float(text)
-    except ValueError:
-        raise typer.BadParameter(f"--budget must read like 90s, 10m or 1h, got '{text}'") from None
-    if not 0 < seconds < float("inf"):
-        raise typer.BadParameter(f"--budget must be positive, got '{text}'")
-    return seconds
-
-
 def _default_output(data: str) -> Path:
     return Path("wellposed-report") / (Path(data).stem or "data")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @app.command()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import sys
 import webbrowser
 from enum import StrEnum
 from pathlib import Path
@@ -13,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+from .compare.command_line import command_line
 
 if TYPE_CHECKING:
     from .lab.study import Study
@@ -70,7 +70,7 @@ def run(
     for card, study in zip(cards, found, strict=True):
         options = StudyOptions(
             scale, output / (card.slug if scale == "laptop" else f"{card.slug}-{scale}"), seeds, overrides,
-            workers or default_workers(scale), engine.value, shlex.join(["wellposed", *sys.argv[1:]]),
+            workers or default_workers(scale), engine.value, command_line(),
         )  # fmt: skip
         print_study_header(card, options, console)
         finished = run_study(study, card, options)
@@ -148,12 +148,12 @@ def report(
 
 def _render(folder: Path) -> Path:
     """The page of a comparison, or of what was tuned."""
-    from .compare.tune_result import is_tuning, load_tuning
+    from .compare.tune_record import is_tuning
 
     if is_tuning(folder):
-        from .compare.tune_report import write_tune_page
+        from .compare.tune_again import render_tuning
 
-        return write_tune_page(load_tuning(folder), folder)
+        return render_tuning(folder)
     from .compare.report import write_report
     from .compare.result import load_result
 
@@ -346,4 +346,4 @@ def _check(results: Path) -> tuple[list[str], list[str]]:
     return wrong, stale
 
 
-__all__ = ["parse_setting", "register"]
+__all__ = ["REPORTS", "parse_setting", "register"]

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import sys
 import webbrowser
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from .compare.command_line import Engine, command_line, cores, parse_duration, parse_names
 from .compare.tune_options import METHODS, SEARCH_TRIALS
-
-REPORTS = Path("wellposed-report")
-
-
-class TuneEngine(StrEnum):
-    """How trainings run."""
-
-    loky = "loky"
-    serial = "serial"
+from .study_commands import REPORTS, parse_setting
 
 
 def register(app: typer.Typer) -> None:
@@ -62,14 +51,13 @@ def tune(
         list[str] | None, typer.Option("--set", help="Of a study: NAME=VALUE that is not tuned, e.g. epochs=3.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; one a core by default.")] = None,
-    engine: Annotated[TuneEngine, typer.Option(help="loky: worker processes; serial: this one.")] = TuneEngine.loky,
+    engine: Annotated[Engine, typer.Option(help="loky: worker processes; serial: this one.")] = Engine.loky,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the report; wellposed-report/tune-NAME by default.")
     ] = None,
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> None:
     """Learn hyperparameters on YOUR data, or on a paper's study, and say whether that beat leaving them alone."""
-    from .commands import parse_duration
     from .compare.tune_options import TuneOptions, check_tune_options
     from .compare.tune_study.naming import refuse_options, study_slug
 
@@ -82,29 +70,24 @@ def tune(
         instead = {"--trials": "--rounds", "--epochs": f"--set epochs={epochs}", "--learn": "--arm"}
         refuse_options(data, of_data, "data", instead)
         page = _tune_study(slug, method, arm, rounds, settings or [], budget, seeds, workers, engine, output)
-        if open_report:
-            webbrowser.open(page.resolve().as_uri())
-        return
-    of_study = {"--arm": arm, "--rounds": rounds, "--set": settings}
-    refuse_options(data, of_study, "a study", {"--arm": "--learn", "--rounds": "--trials"})
-    options = TuneOptions(
-        method=method, learn=None if learn is None else [name.strip() for name in learn.split(",") if name.strip()],
-        model=model, budget=None if budget is None else parse_duration(budget), seeds=seeds, epochs=epochs,
-        trials=trials, workers=_cores() if workers is None else workers, engine=engine.value,
-        output=output or REPORTS / f"tune-{Path(data).stem or 'data'}",
-        command=shlex.join(["wellposed", *sys.argv[1:]]),
-    )  # fmt: skip
-    check_tune_options(options)
-    # Only after the words are checked: reading data takes a second, and torch another.
-    from .compare.source import read_source
-    from .compare.task import Task
+    else:
+        of_study = {"--arm": arm, "--rounds": rounds, "--set": settings}
+        refuse_options(data, of_study, "a study", {"--arm": "--learn", "--rounds": "--trials"})
+        options = TuneOptions(
+            method=method, learn=parse_names(learn), model=model, seeds=seeds, epochs=epochs, trials=trials,
+            budget=None if budget is None else parse_duration(budget), workers=cores() if workers is None else workers,
+            engine=engine.value, output=output or REPORTS / f"tune-{Path(data).stem or 'data'}", command=command_line(),
+        )  # fmt: skip
+        check_tune_options(options)
+        # Only after the words are checked: reading data takes a second, and torch another.
+        from .compare.source import read_source
+        from .compare.task import Task
 
-    source = read_source(data, target, drop_missing=drop_missing, image_size=image_size or 32, task=task)
-    prepared = Task.prepare(source, noise)
-    options = replace(options, features=source.features)
-    from .compare.tune import tune_and_report
+        source = read_source(data, target, drop_missing=drop_missing, image_size=image_size or 32, task=task)
+        prepared = Task.prepare(source, noise)
+        from .compare.tune import tune_and_report
 
-    page = tune_and_report(prepared, options, Console(soft_wrap=False))
+        page = tune_and_report(prepared, replace(options, features=source.features), Console(soft_wrap=False))
     if open_report:
         webbrowser.open(page.resolve().as_uri())
 
@@ -118,29 +101,23 @@ def _tune_study(
     budget: str | None,
     seeds: int,
     workers: int | None,
-    engine: TuneEngine,
+    engine: Engine,
     output: Path | None,
 ) -> Path:
-    from .commands import parse_duration
     from .compare.tune_study.options import StudyTuneOptions, check_study_options
-    from .study_commands import parse_setting
 
     options = StudyTuneOptions(
-        method, arm, rounds, seeds, None if budget is None else parse_duration(budget),
-        dict(parse_setting(text) for text in settings), _cores() if workers is None else workers, engine.value,
-        output or REPORTS / f"tune-{slug}", shlex.join(["wellposed", *sys.argv[1:]]),
+        method=method, arm=arm, rounds=rounds, seeds=seeds, budget=None if budget is None else parse_duration(budget),
+        overrides=dict(parse_setting(text) for text in settings), workers=cores() if workers is None else workers,
+        engine=engine.value, output=output or REPORTS / f"tune-{slug}", command=command_line(),
     )  # fmt: skip
     check_study_options(options)
     # Only after the words are checked: torch takes a second.
-    from .compare.tune_study import tune_study_and_report
     from .compare.tune_study.choice import prepare_study
+    from .compare.tune_study.run import tune_study_and_report
     from .papers.catalogue import find_card
     from .studies.finding import find_study
     from .studies.tunable import tunable_papers, with_offer
 
     prepared = prepare_study(with_offer(find_study(slug)), find_card(slug), options, tunable_papers())
     return tune_study_and_report(prepared, Console(soft_wrap=False))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,17 +12,19 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from wellposed import Compose, Hyperparameter, TensorLoader, fit
 from wellposed.commands import run
-from wellposed.compare import tune_job
+from wellposed.compare import seed_job, tune_job
 from wellposed.compare.errors import UserError
 from wellposed.compare.models import default_model
 from wellposed.compare.source import read_source
 from wellposed.compare.task import Task
+from wellposed.compare.tune_again import load_tuning
 from wellposed.compare.tune_job import prepare_tuning, run_tuning
 from wellposed.compare.tune_methods import CLIP_NORM, LEARNING_RATE, Pace
 from wellposed.compare.tune_options import TuneOptions
 from wellposed.compare.tune_parts import USUAL
 from wellposed.compare.tune_plan import choose, make_plan
-from wellposed.compare.tune_result import collect_tuning, is_tuning, load_tuning
+from wellposed.compare.tune_record import is_tuning
+from wellposed.compare.tune_result import collect_tuning
 from wellposed.compare.tune_snippet import apply_values, learn_again, replay_schedule
 from wellposed.compare.tune_training import run_tune_trial
 from wellposed.evaluation import evaluate
@@ -37,12 +39,6 @@ SETTINGS = {"learn": "weight-decay,dropout", "epochs": 6}
 @pytest.fixture(scope="module")
 def iris():
     return Task.prepare(read_source("iris"))
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def command(*words):
@@ -139,23 +135,17 @@ def test_what_is_finished_is_not_trained_again(here, capsys, monkeypatch):
         (["--target", "species"], "--target applies to CSV and Parquet only"),
     ],
 )
-def test_bad_input_is_one_line_before_any_work(here, capsys, words, message):
-    assert run(["tune", "iris", "--engine", "serial", *words]) == 2
-    errors = capsys.readouterr().err
-    assert message in " ".join(errors.split())
-    assert errors.startswith("error: ")
-    assert not list(here.rglob("trials.sqlite"))
+def test_bad_input_is_one_line_before_any_work(refused, words, message):
+    refused(["tune", "iris", "--engine", "serial", *words], message)
 
 
-def test_a_strength_of_classification_is_refused_for_a_number_to_predict(here, capsys):
-    assert run(["tune", "diabetes", "--learn", "label-smoothing"]) == 2
-    assert "'label-smoothing' does not apply to regression. Allowed: weight-decay," in " ".join(
-        capsys.readouterr().err.split()
-    )
+def test_a_strength_of_classification_is_refused_for_a_number_to_predict(refused):
+    words = ["tune", "diabetes", "--learn", "label-smoothing"]
+    refused(words, "'label-smoothing' does not apply to regression. Allowed: weight-decay,")
 
 
 def test_a_budget_leaves_out_seeds_and_says_so(iris, tmp_path, monkeypatch):
-    monkeypatch.setattr(tune_job, "seconds_left", lambda deadline: 0.0)
+    monkeypatch.setattr(seed_job, "seconds_left", lambda deadline: 0.0)
     options = TuneOptions(
         "stn", ["dropout"], budget=1000, seeds=6, epochs=1, engine="serial", workers=1, output=tmp_path
     )

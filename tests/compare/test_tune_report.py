@@ -10,10 +10,13 @@ from page_checker import Checker
 from rich.cells import cell_len
 from rich.console import Console
 
-from wellposed.compare.tune_answer import answer, ratio
+from wellposed.compare.tune_again import load_tuning
+from wellposed.compare.tune_answer import answer
+from wellposed.compare.tune_record import write_tuning
 from wellposed.compare.tune_report import tune_page
-from wellposed.compare.tune_result import TuneArm, TuneResult, load_tuning, write_tuning
+from wellposed.compare.tune_result import TuneArm, TuneResult
 from wellposed.compare.tune_terminal import contrast_table, print_tuning, value_rows
+from wellposed.compare.tune_words import ratio
 from wellposed.lab.figures import line_plot
 from wellposed.lab.statistics import paired_interval
 

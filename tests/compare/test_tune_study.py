@@ -14,9 +14,11 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from wellposed import fit
 from wellposed.commands import run
+from wellposed.compare import seed_job
 from wellposed.compare.errors import UserError
+from wellposed.compare.tune_again import load_tuning
 from wellposed.compare.tune_live import Report
-from wellposed.compare.tune_result import is_tuning, load_tuning
+from wellposed.compare.tune_record import is_tuning, write_tuning
 from wellposed.compare.tune_study import choice, job
 from wellposed.compare.tune_study.answer import answer_study
 from wellposed.compare.tune_study.choice import default_settings, prepare_study
@@ -61,10 +63,10 @@ STRENGTHS = {
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(choice, "LEDGERS", (tmp_path / "results",))
-    return tmp_path
+def here(here, monkeypatch):
+    """An empty folder, whose ledger is the only one."""
+    monkeypatch.setattr(choice, "LEDGERS", (here / "results",))
+    return here
 
 
 @pytest.fixture
@@ -245,12 +247,8 @@ def test_a_search_tries_the_registered_space_on_tuning_seeds_and_resumes(here, k
         (["elr", "--budget", "soon"], "--budget must read like 90s, 10m or 1h"),
     ],
 )
-def test_wrong_words_are_one_line_before_any_work(here, capsys, words, message):
-    assert run(["tune", *words, "--engine", "serial"]) == 2
-    errors = " ".join(capsys.readouterr().err.split())
-    assert message in errors
-    assert errors.startswith("error: ")
-    assert not list(here.rglob("trials.sqlite"))
+def test_wrong_words_are_one_line_before_any_work(here, refused, words, message):
+    refused(["tune", *words, "--engine", "serial"], message)
 
 
 def test_a_study_without_anything_to_tune_names_those_that_have():
@@ -296,7 +294,7 @@ def scored(trial):
 
 
 def test_a_budget_leaves_out_configurations_and_then_seeds(here, known, monkeypatch):
-    monkeypatch.setattr(job, "seconds_left", lambda deadline: 0.0)
+    monkeypatch.setattr(seed_job, "seconds_left", lambda deadline: 0.0)
     options = StudyTuneOptions("random", rounds=5, budget=1000, engine="serial", workers=1, output=here)
     finished = run_study_tuning(prepare_study(fast(scored), find_card("elr"), options))
     assert finished.seeds == [1000, 1001]
@@ -335,7 +333,7 @@ def told(trial, run, offer, live, titles):
 
 def test_what_a_seed_learned_is_applied_to_the_same_seed(here, known, monkeypatch):
     monkeypatch.setattr(job, "run_study_trial", told)
-    monkeypatch.setattr("wellposed.compare.tune_study.training.rehearse_study", lambda prepared: None)
+    monkeypatch.setattr(choice, "rehearse_study", lambda prepared: None)
     options = StudyTuneOptions("stn", seeds=3, engine="serial", workers=1, output=here)
     prepared = prepare_study(fast(strength_alone), find_card("elr"), options)
     prepared.learned = ["strength"]
@@ -442,6 +440,13 @@ def test_the_table_is_paired_by_seed_and_fits_into_a_terminal():
     assert max(map(cell_len, out.getvalue().splitlines())) <= 80
     assert "…" not in out.getvalue()
     assert settings_rows(result)[1] == [["strength", "3", "2", "2 to 2", "4"]]
+
+
+@pytest.mark.parametrize("options", [{"kept": 0.5, "fixed": 0.2}, {"search": True}])
+def test_what_is_written_is_read_back(tmp_path, options):
+    result = invented(**options)
+    write_tuning(result, None, tmp_path)
+    assert load_tuning(tmp_path) == result
 
 
 def test_a_search_that_found_nothing_better_says_so():

@@ -20,6 +20,7 @@ from ..lab.store import Store
 from ..lab.trial import FIRST_EVALUATION_SEED, Outcome, Setting, Trial
 from ..lab.tuning import Tuned, seconds_left, tune_arms
 from ..papers.arms import Arm
+from .amounts import check_amounts, check_budget
 from .arms import REFERENCE, applicable_arms, build_regularizer, search_space
 from .errors import UserError
 from .models import check_model, describe_model
@@ -101,14 +102,10 @@ def check_options(options: Options) -> None:
     Raises:
         UserError: naming the option, its value and what is allowed.
     """
-    if options.seeds < 2:
-        raise UserError(f"--seeds must be at least 2, got {options.seeds}")
-    if options.rounds < 1:
-        raise UserError(f"--tuning-trials must be at least 1, got {options.rounds}")
-    if options.workers < 1:
-        raise UserError(f"--workers must be at least 1, got {options.workers}")
-    if options.budget is not None and options.budget <= 0:
-        raise UserError(f"--budget must be positive, got {options.budget:g} s")
+    check_amounts(
+        ("--seeds", options.seeds, 2), ("--tuning-trials", options.rounds, 1), ("--workers", options.workers, 1)
+    )
+    check_budget(options.budget)
 
 
 def compare(task: Task, options: Options, console: Console | None = None) -> Finished:

@@ -201,13 +201,13 @@ def _sentence(ranking: Ranking, unit: str) -> str:
     compared = len(ranking.rows) - 1
     together = f", all {compared} comparisons together" if compared > 1 else ""
     low, high = (f"{x:.{ranking.decimals}f}" for x in (gap.low, gap.high))
-    text = _capital(
+    text = capital(
         f"{winner.label} helps: {signed(gap.estimate, ranking.decimals)} {unit} over {reference} (95 % interval "
         f"{low} to {high}{together}), {price(winner)}."
     )
     tied = [rows[name].label for name in ranking.tied]
     if tied:
-        text += f" {_capital(_listed(tied))} {'is' if len(tied) == 1 else 'are'} within noise of it."
+        text += f" {capital(_listed(tied))} {'is' if len(tied) == 1 else 'are'} within noise of it."
     return text
 
 
@@ -221,7 +221,8 @@ def signed(value: float, decimals: int = 1) -> str:
     return f"{round(value, decimals) + 0.0:+.{decimals}f}"
 
 
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
+    """A text that begins a sentence."""
     return text[:1].upper() + text[1:]
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..lab.figures import LINES, Dot, Point, curve_limits, curve_panel, curve_places, dot_plot, scatter
-from ..lab.files import write_atomically
 from ..lab.page import figure, render
 from .arms import PLAIN
+from .page import split_answer, write_page
 from .ranking import VISIBLE, ArmRuns, Ranking, Row, signed
 from .result import ArmReport, ComparisonResult
 from .terminal import MARKS, cells, failed, metric_label, sections
@@ -26,7 +26,7 @@ def write_report(result: ComparisonResult, folder: str | Path) -> Path:
     Raises:
         WriteError: if it cannot be written; an older page is intact.
     """
-    return write_atomically(Path(folder) / "index.html", report_page(result))
+    return write_page(report_page(result), folder)
 
 
 def report_page(result: ComparisonResult) -> str:
@@ -36,14 +36,14 @@ def report_page(result: ComparisonResult) -> str:
     in_order = [arms[row.name] for row in ranking.rows]
     first = [arms[name] for name in _look_first(ranking) if arms[name].curves]
     others = [arm for arm in in_order if arm.curves and arm not in first]
-    answer, _, more = ranking.sentence.partition(". ")
+    answer, more = split_answer(ranking.sentence)
     panels = _Panels(result, [arm for arm in in_order if arm.curves])
     return render(
         "comparison.html.j2",
         "wellposed.compare",
         result=result,
         ranking=ranking,
-        answer=answer if not more else f"{answer}.",
+        answer=answer,
         more=more,
         baseline=ranking.baseline,
         metric=metric_label(result),

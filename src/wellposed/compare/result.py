@@ -16,6 +16,7 @@ from ..lab.files import write_atomically
 from ..lab.trial import Outcome
 from .arms import REFERENCE, search_space
 from .comparison import Finished
+from .outcomes import by_name, failure_note, first_error, good_seeds
 from .ranking import ArmRuns, Ranking, rank
 from .snippet import rounded, script, usage
 
@@ -81,7 +82,6 @@ def collect(finished: Finished) -> ComparisonResult:
         space = {name: _space_text(part) for name, part in search_space(arm, task).items()}
         tuning = [{"settings": {k: rounded(v) for k, v in s.items()}, "score": score} for s, score in tuned.history]
         settings = {k: rounded(v) for k, v in tuned.settings.items()}
-        errors = [o.error for o in by_seed.values() if o.error]
         arms.append(
             ArmReport(
                 arm.name,
@@ -92,19 +92,16 @@ def collect(finished: Finished) -> ComparisonResult:
                 settings,
                 space,
                 tuning,
-                _curves(by_seed),
+                by_name(outcome.curves for outcome in by_seed.values()),
                 _details(by_seed),
                 [o.metrics["best_epoch"] for o in by_seed.values() if "best_epoch" in o.metrics],
-                errors[0].strip().splitlines()[-1] if errors else None,
+                first_error(by_seed),
             )
         )
     notes = [*task.notes, *finished.notes]
     for report in arms:
-        if report.runs.failures:
-            notes.append(
-                f"{report.label}: {len(report.runs.failures)} of {len(finished.seeds)} seeds diverged or failed and count "
-                f"as {task.worst_score:.0f} points ({report.error})"
-            )
+        worst = f"{task.worst_score:.0f} points"
+        notes += failure_note(report.label, report.runs.failures, finished.seeds, worst, report.error)
     result = ComparisonResult(
         task.name, task.describe(), task.describe_split(), finished.model, task.metric, task.kind, task.noise,
         task.sizes["test"], finished.seeds, finished.rounds, arms, "", "", finished.options.command, finished.machine,
@@ -147,7 +144,7 @@ def load_result(folder: str | Path) -> ComparisonResult:
 
 
 def _runs(name: str, label: str, by_seed: Mapping[int, Outcome], worst: float) -> ArmRuns:
-    good = {seed: o for seed, o in by_seed.items() if o.status == "finished"}
+    good = good_seeds(by_seed)
     return ArmRuns(
         name,
         label,
@@ -156,14 +153,6 @@ def _runs(name: str, label: str, by_seed: Mapping[int, Outcome], worst: float) -
         [good[seed].peak_memory if seed in good else None for seed in by_seed],
         [seed for seed in by_seed if seed not in good],
     )
-
-
-def _curves(by_seed: Mapping[int, Outcome]) -> dict[str, list[list[float]]]:
-    curves: dict[str, list[list[float]]] = {}
-    for outcome in by_seed.values():
-        for name, values in outcome.curves.items():
-            curves.setdefault(name, []).append(values)
-    return curves
 
 
 def _details(by_seed: Mapping[int, Outcome]) -> dict[str, float]:

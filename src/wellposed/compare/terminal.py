@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from .comparison import Finished, Options
+from .printing import counted, say, say_code, say_notes
 from .ranking import Ranking, Row, signed
 from .result import ComparisonResult
 from .task import Task
@@ -21,19 +22,15 @@ SHORTEST_LABEL = 14
 
 def print_header(task: Task, model: str, arms: int, options: Options, console: Console) -> None:
     """What is about to be done, before it begins."""
-    name = Text.assemble((task.name, "bold"), f" · {task.describe()} · model: {model}")
     console.print()
-    console.print(name, soft_wrap=True)
-    console.print(Text(task.describe_split()), soft_wrap=True)
-    console.print(
-        Text(
-            f"{arms} arms · {options.rounds} tuning trial{_s(options.rounds)} each on validation data, then {options.seeds} seeds on the "
-            f"test set · {options.workers} worker{_s(options.workers)}"
-        ),
-        soft_wrap=True,
+    say(
+        console,
+        Text.assemble((task.name, "bold"), f" · {task.describe()} · model: {model}"),
+        task.describe_split(),
+        f"{arms} arms · {counted(options.rounds, 'tuning trial')} each on validation data, then {options.seeds} seeds on "
+        f"the test set · {counted(options.workers, 'worker')}",
     )
-    for note in task.notes:
-        console.print(Text(f"note: {note}"), soft_wrap=True)
+    say_notes(console, task.notes)
 
 
 def print_result(result: ComparisonResult, finished: Finished, console: Console) -> None:
@@ -45,16 +42,17 @@ def print_result(result: ComparisonResult, finished: Finished, console: Console)
     console.print(Text(ranking.sentence, style="bold"))
     if result.issues is not None and result.issues["path"]:
         count, label = result.issues["count"], result.issues["label"]
-        console.print(Text(f"{count:,} training labels look wrong to {label}: {result.issues['path']}"), soft_wrap=True)
-    for note in result.notes[len(finished.task.notes) :]:
-        console.print(Text(f"note: {note}"), soft_wrap=True)
+        say(console, f"{count:,} training labels look wrong to {label}: {result.issues['path']}")
+    say_notes(console, result.notes[len(finished.task.notes) :])
     console.print("\nUse it:")
-    for line in result.usage.splitlines():
-        console.print(Text(f"    {line}"), soft_wrap=True)
+    say_code(console, result.usage)
     folder = finished.options.output
-    console.print(Text(f"\nreport  {folder / 'index.html'}"), soft_wrap=True)
-    console.print(Text(f"script  {folder / 'apply.py'}"), soft_wrap=True)
-    console.print(Text("rerun or extend: the same command (finished trials are kept)"), soft_wrap=True)
+    say(
+        console,
+        f"\nreport  {folder / 'index.html'}",
+        f"script  {folder / 'apply.py'}",
+        "rerun or extend: the same command (finished trials are kept)",
+    )
 
 
 def metric_label(result: ComparisonResult) -> str:
@@ -127,11 +125,6 @@ def cells(row: Row, decimals: int = 1) -> list[str]:
         "" if row.time is None else f"{row.time:.2f}×",
         "" if row.memory is None else f"{row.memory:.2f}×",
     ]
-
-
-def _s(count: int) -> str:
-    """The plural's ending."""
-    return "" if count == 1 else "s"
 
 
 def _widths(lines: Sequence[Sequence[str]], columns: int) -> list[int]:

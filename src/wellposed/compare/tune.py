@@ -6,12 +6,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from .page import write_page
 from .task import Task
 from .tune_answer import answer
 from .tune_job import prepare_tuning, run_tuning
 from .tune_options import TuneOptions
-from .tune_report import write_tune_page
-from .tune_result import collect_tuning, write_tuning
+from .tune_record import write_tuning
+from .tune_report import tune_page
+from .tune_result import collect_tuning
 from .tune_terminal import header_notes, print_tune_header, print_tuning
 
 
@@ -26,6 +28,6 @@ def tune_and_report(task: Task, options: TuneOptions, console: Console) -> Path:
     finished = run_tuning(prepared, Console(stderr=True))
     result, schedule = collect_tuning(finished)
     write_tuning(result, schedule, options.output)
-    page = write_tune_page(result, options.output)
+    page = write_page(tune_page(result), options.output)
     print_tuning(result, answer(result), header_notes(prepared), options.output, console)
     return page

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import statistics as plain
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..lab.statistics import Interval, direction, mean_interval, paired_interval, smallest_n
-from .ranking import signed
+from ..lab.statistics import Interval, direction, mean_interval, paired_interval
+from .ranking import capital, signed
 from .tune_options import APPLIED
 from .tune_result import TuneArm, TuneResult
-
-LEVEL = 0.95
+from .tune_words import LEVEL, gap_words, mean_words, ratio, time_ratio, too_few
 
 
 @dataclass
@@ -39,13 +37,12 @@ class Contrast:
 
     def mean(self, interval: Interval) -> str:
         """A mean with half the width of its interval."""
-        return f"{self.number(interval.estimate)} ± {self.number(interval.half_width)}"
+        return mean_words(interval, self.decimals)
 
     @property
     def gap(self) -> str:
         """The difference with its interval."""
-        d = self.difference
-        return f"{self.signed(d.estimate)} [{self.signed(d.low)}, {self.signed(d.high)}]"
+        return gap_words(self.difference, self.decimals)
 
     def signed(self, value: float) -> str:
         """A difference with its sign."""
@@ -92,8 +89,7 @@ def answer(result: TuneResult) -> Answer:
     for one, other in zip((score, loss), third, strict=False):  # side by side, they have as many decimals
         one.decimals = other.decimals = min(one.decimals, other.decimals)
     applied = arm is not None and arm.name == APPLIED
-    ratios = [b / a for a, b in zip(old.seconds, new.seconds, strict=True) if a and b]
-    time = plain.median(ratios) if ratios else None
+    time = time_ratio(old.seconds, new.seconds)
     made_of, outdone = "", False
     if arm is not None and applied:
         made_of = _fixed(third)
@@ -131,37 +127,28 @@ def _contrast(label: str, old: Sequence[float], new: Sequence[float], better: in
 
 
 def _sentence(result: TuneResult, score: Contrast, loss: Contrast, time: float | None, made_of: str) -> str:
-    label = result.tuned.label
-    capital = label[:1].upper() + label[1:]
+    name, measure = capital(result.tuned.label), capital(score.label)
     unit = "points" if result.kind == "regression" else f"points of {result.metric}"
-    n, enough = len(result.seeds), smallest_n(LEVEL)
-    if n < enough:
-        return (
-            f"{n} seeds cannot show a difference; {enough} or more can ({score.label} {score.gap}, {loss.label} "
-            f"{loss.gap}). Until then, keep the initial values."
-        )
+    gaps = f"{score.label} {score.gap}, {loss.label} {loss.gap}"
+    if few := too_few(len(result.seeds), gaps, "initial values"):
+        return few
     change = f"{score.signed(score.difference.estimate)} {unit}"
     interval = f"(95 % interval {score.signed(score.difference.low)} to {score.signed(score.difference.high)})"
     price = _price(result.tuned, time)
     fall = _fall(loss)
-    more = f" {fall[:1].upper()}{fall[1:]}." if loss.verdict else ""
+    more = f" {capital(fall)}." if loss.verdict else ""
     if score.verdict < 0:
-        return (
-            f"{capital} makes it worse: {change} against the initial values {interval}. Keep the initial values.{more}"
-        )
+        return f"{name} makes it worse: {change} against the initial values {interval}. Keep the initial values.{more}"
     if score.verdict > 0:
-        return f"{capital} helps: {change} over the initial values {interval}, {price}.{more}{made_of}"
+        return f"{name} helps: {change} over the initial values {interval}, {price}.{more}{made_of}"
     if loss.verdict > 0:
-        return (
-            f"{capital} helps a little: {fall}, {price}. {score.label[:1].upper()}{score.label[1:]} does not change beyond "
-            f"noise ({score.gap}).{made_of}"
-        )
+        return f"{name} helps a little: {fall}, {price}. {measure} does not change beyond noise ({score.gap}).{made_of}"
     if loss.verdict < 0:
         return (
-            f"{capital} makes it worse: {fall}. {score.label[:1].upper()}{score.label[1:]} does not change beyond noise "
-            f"({score.gap}). Keep the initial values."
+            f"{name} makes it worse: {fall}. {measure} does not change beyond noise ({score.gap}). Keep the initial "
+            "values."
         )
-    return f"Nothing is gained here beyond noise: {score.label} {score.gap}, {loss.label} {loss.gap}. Keep the initial values."
+    return f"Nothing is gained here beyond noise: {gaps}. Keep the initial values."
 
 
 def _fall(loss: Contrast) -> str:
@@ -201,13 +188,3 @@ def _price(arm: TuneArm, time: float | None) -> str:
     if time is None:
         return f"in {trainings}"
     return f"in {trainings} and {ratio(time)} times the wall time"
-
-
-def ratio(value: float) -> str:
-    """A ratio of times with the digits that it deserves.
-
-    Example:
-        >>> ratio(2.24), ratio(148.7)
-        ('2.2', '149')
-    """
-    return f"{value:.1f}" if value < 10 else f"{value:.0f}"

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from rich.console import Console
 from torch import nn
 
-from ..lab.fingerprint import commit_of, fingerprint, machine
-from ..lab.runner import run_trials
-from ..lab.store import Store
-from ..lab.trial import FIRST_EVALUATION_SEED, Outcome, Setting, Trial
-from ..lab.tuning import seconds_left
+from ..lab.fingerprint import fingerprint, machine
+from ..lab.trial import Setting, Trial
 from ..papers.arms import load_arms
-from .comparison import EFFICIENCY
-from .errors import UserError
 from .models import check_model, describe_model
+from .seed_job import FinishedJob, SeedJob
 from .task import Task
-from .tune_live import TuneWatch
 from .tune_options import APPLIED, METHODS, SINGLE, UNTUNED, TuneOptions, check_tune_options
 from .tune_plan import Plan
 from .tune_training import BATCH, plan_of, rehearse, run_tune_trial
@@ -32,37 +27,25 @@ STEPS = 1000
 """Steps of one training: learning a schedule takes longer than the 450 or so of `wellposed compare`."""
 
 MOST_EPOCHS = 300
-FEWEST_SEEDS = 2
 
 
-@dataclass
-class FinishedTuning:
-    """Everything that was found, for the result.
+@dataclass(kw_only=True)
+class FinishedTuning(FinishedJob):
+    """Everything that was found, for the result; the rest as in `FinishedJob`.
 
     Attributes:
         task: the prepared data.
         options: as given.
         plan: what is learned, at its initial values; None for a linear model.
-        outcomes: arm -> seed -> outcome.
-        seeds: those that all arms finished.
         epochs: of one training.
         model: description of the network.
-        fingerprint, commit, machine, seconds: for the record.
-        notes: what a reader must know.
     """
 
     task: Task
     options: TuneOptions
     plan: Plan | None
-    outcomes: dict[str, dict[int, Outcome]]
-    seeds: list[int]
     epochs: int
     model: str
-    fingerprint: str
-    commit: str | None
-    machine: dict[str, Any]
-    seconds: float
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -120,59 +103,35 @@ def run_tuning(prepared: Prepared, console: Console | None = None) -> FinishedTu
     return _Job(prepared, console).run()
 
 
-class _Job:
+class _Job(SeedJob):
+    options: TuneOptions
+
     def __init__(self, prepared: Prepared, console: Console | None) -> None:
-        self.prepared, self.console = prepared, console
-        self.task, self.options = prepared.task, prepared.options
-        options = self.options
-        options.output.mkdir(parents=True, exist_ok=True)
+        self.prepared, self.task = prepared, prepared.task
+        options = prepared.options
         folder = options.output / "data"
         self.task.save(folder)
-        self.live = options.output / "live"
-        self.store = Store(options.output / "trials.sqlite")
         trained = "tune_linear" if options.chosen.linear else "tune_training"
         own = [options.model.partition(":")[0]] if options.model else []
         names = {part.name for part in prepared.plan.parts} if prepared.plan else set()
         arms = [arm.factory.partition(":")[0] for arm in load_arms() if arm.factory and arm.name in names]
         self.fingerprint = fingerprint(f"wellposed.compare.{trained}", *own, *arms)
-        self.commit = commit_of(__file__)
+        super().__init__(options, console)
         self.function = partial(
             run_tune_trial, folder=str(folder.resolve()), model=options.model, live=str(self.live.resolve())
         )
-        self.started = time.monotonic()
-        self.deadline = None if options.budget is None else self.started + options.budget
-        self.trial_seconds = 0.0
-        self.notes: list[str] = list(prepared.plan.notes) if prepared.plan else []
+        self.notes += prepared.plan.notes if prepared.plan else []
 
     def run(self) -> FinishedTuning:
-        arms = self.arms
-        seeds = list(range(FIRST_EVALUATION_SEED, FIRST_EVALUATION_SEED + self.options.seeds))
-        found: dict[str, dict[int, Outcome]] = {arm: {} for arm in arms}
-        with TuneWatch(self.console, self.live) as self.watch:
-            self.watch.stage("training", len(arms) * len(seeds))
-            first = len(seeds) if self.deadline is None else min(FEWEST_SEEDS, len(seeds))
-            self._run(seeds[:first], found)
-            if first < len(seeds):
-                seeds = seeds[: self._affordable(first, len(seeds))]
-                self.watch.stage("training", len(arms) * len(seeds))
-                self._run(seeds[first:], found)
+        with self.watch:
+            seeds, found = self.train_seeds()
         self.store.close()
-        whole = [seed for seed in seeds if all(seed in by_seed for by_seed in found.values())]
-        if len(whole) < FEWEST_SEEDS:
-            raise UserError(
-                f"the budget ended before {FEWEST_SEEDS} seeds were done; raise --budget or lower --epochs. Finished "
-                "trainings are kept: the same command continues"
-            )
-        if len(whole) < self.options.seeds:
-            self.notes.append(
-                f"the budget of {self.options.budget:g} s allowed {len(whole)} seeds (asked: {self.options.seeds})"
-            )
+        whole, outcomes = self.complete(seeds, found, "raise --budget or lower --epochs")
         prepared = self.prepared
         return FinishedTuning(
-            self.task, self.options, prepared.plan,
-            {arm: {seed: by_seed[seed] for seed in whole} for arm, by_seed in found.items()},
-            whole, prepared.epochs, prepared.model, self.fingerprint, self.commit, machine(),
-            time.monotonic() - self.started, [*self.task.notes, *self.notes],
+            task=self.task, options=self.options, plan=prepared.plan, outcomes=outcomes, seeds=whole,
+            epochs=prepared.epochs, model=prepared.model, fingerprint=self.fingerprint, commit=self.commit,
+            machine=machine(), seconds=time.monotonic() - self.started, notes=[*self.task.notes, *self.notes],
         )  # fmt: skip
 
     @property
@@ -185,49 +144,17 @@ class _Job:
         third = (APPLIED,) if method.schedule else (SINGLE,) if method.linear else ()
         return (UNTUNED, method.name, *third)
 
-    def _affordable(self, done: int, wanted: int) -> int:
-        """Seeds that the budget allows, decided by time alone, before any result is seen."""
-        each = max(1e-3, self.trial_seconds / self.options.workers / done)
-        return min(wanted, done + max(0, math.floor(EFFICIENCY * seconds_left(self.deadline) / each)))
+    def trial(self, arm: str, seed: int) -> Trial:
+        return self._trial(arm, seed, {})
 
-    def _run(self, seeds: list[int], found: dict[str, dict[int, Outcome]]) -> None:
-        # Seed by seed: if time runs out, all arms have the same seeds.
-        at_once = [arm for arm in self.arms if arm != APPLIED]
-        self._run_trials([self._trial(arm, seed) for seed in seeds for arm in at_once], found)
-        if APPLIED not in found:
-            return
-        learned = found[self.options.method]
-        trials = []
-        for seed in (seed for seed in seeds if seed in learned):
-            if learned[seed].status == "finished":
-                trials.append(self._trial(APPLIED, seed, json.dumps(learned[seed].artifacts["values"])))
-            else:
-                found[APPLIED][seed] = learned[seed]  # nothing was learned that could be applied
-                self.watch.advance()
-        self._run_trials(trials, found)
+    def applied(self, seed: int, values: Mapping[str, Any]) -> Trial:
+        return self._trial(APPLIED, seed, {"values": json.dumps(values)})
 
-    def _run_trials(self, trials: list[Trial], found: dict[str, dict[int, Outcome]]) -> None:
-        def on_done(trial: Trial, outcome: Outcome) -> None:
-            self.trial_seconds += outcome.seconds
-            self.watch.advance()
-
-        # A planned training may overrun its budget by half before it is cut: an answer beats a stopwatch.
-        deadline = None if self.deadline is None else self.deadline + 0.5 * (self.options.budget or 0)
-        outcomes = run_trials(
-            trials, self.function, self.store, workers=self.options.workers, engine=self.options.engine,
-            on_done=on_done, deadline=deadline, commit=self.commit,
-        )  # fmt: skip
-        for trial, outcome in zip(trials, outcomes, strict=True):
-            if outcome is not None:
-                found[trial.arm][trial.seed] = outcome
-
-    def _trial(self, arm: str, seed: int, values: str | None = None) -> Trial:
+    def _trial(self, arm: str, seed: int, more: Mapping[str, Setting]) -> Trial:
         study = f"{self.task.digest}:{self.options.model or 'default'}"
         settings: dict[str, Setting] = {"learn": ",".join(self.options.learn or ()), "epochs": self.prepared.epochs}
         if self.options.chosen.linear:
             settings["linear"] = True
         if arm in METHODS and METHODS[arm].search:
             settings["trials"] = self.options.trainings
-        if values is not None:
-            settings["values"] = values
-        return Trial(study, arm, SCALE, "evaluate", settings, seed, self.fingerprint)
+        return Trial(study, arm, SCALE, "evaluate", {**settings, **more}, seed, self.fingerprint)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
+from .amounts import check_amounts, check_budget
 from .errors import UserError, suggestion
 
 UNTUNED = "untuned"
@@ -73,41 +74,51 @@ METHODS = {
 
 
 @dataclass(frozen=True)
-class TuneOptions:
-    """What to learn, how, and for how long.
+class JobOptions:
+    """How to learn and for how long, on data or on a study.
 
     Attributes:
         method: name of the method.
-        learn: names of strengths, or None for the usual ones.
-        model: `module:function` of the user's model, or None.
-        budget: wall-clock seconds for all seeds, or None for no limit.
         seeds: how often initialisation and order are drawn anew.
-        epochs: of one training; None chooses by the size of the data.
-        trials: trainings of a search; None for its default.
+        budget: wall-clock seconds in all, or None for no limit.
         workers: processes.
         engine: "loky" or "serial".
         output: folder of the report.
         command: the command line, for the report.
-        features: names of the features, where the data have such.
     """
 
     method: str = "stn"
-    learn: Sequence[str] | None = None
-    model: str | None = None
-    budget: float | None = None
+    _: KW_ONLY
     seeds: int = 6
-    epochs: int | None = None
-    trials: int | None = None
+    budget: float | None = None
     workers: int = 2
     engine: str = "loky"
     output: Path = Path("wellposed-report")
     command: str = ""
-    features: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> Method:
         """The method itself."""
         return METHODS[self.method]
+
+
+@dataclass(frozen=True)
+class TuneOptions(JobOptions):
+    """What to learn on data, and how; the rest as in `JobOptions`.
+
+    Attributes:
+        learn: names of strengths, or None for the usual ones.
+        model: `module:function` of the user's model, or None.
+        epochs: of one training; None chooses by the size of the data.
+        trials: trainings of a search; None for its default.
+        features: names of the features, where the data have such.
+    """
+
+    learn: Sequence[str] | None = None
+    model: str | None = None
+    epochs: int | None = None
+    trials: int | None = None
+    features: tuple[str, ...] = ()
 
     @property
     def about(self) -> str:
@@ -123,6 +134,20 @@ class TuneOptions:
 SEARCH_TRIALS = 8
 
 
+def check_method(method: str, offered: Collection[str]) -> None:
+    """Check a method's name.
+
+    Args:
+        method: what was asked for.
+        offered: names of the methods that may be taken.
+
+    Raises:
+        UserError: for a name that is not known at all.
+    """
+    if method not in METHODS:
+        raise UserError(f"--method must be one of {', '.join(offered)}, got '{method}'.{suggestion(method, offered)}")
+
+
 def check_tune_options(options: TuneOptions) -> None:
     """Check what does not depend on the data.
 
@@ -134,16 +159,10 @@ def check_tune_options(options: TuneOptions) -> None:
         Traceback (most recent call last):
         wellposed.compare.errors.UserError: --method must be one of stn, ..., got 'sdn'. Did you mean 'stn'?
     """
-    if options.method not in METHODS:
-        raise UserError(
-            f"--method must be one of {', '.join(METHODS)}, got '{options.method}'.{suggestion(options.method, METHODS)}"
-        )
-    for name, value, least in (("--seeds", options.seeds, 2), ("--epochs", options.epochs, 1),
-                               ("--trials", options.trials, 2), ("--workers", options.workers, 1)):  # fmt: skip
-        if value is not None and value < least:
-            raise UserError(f"{name} must be at least {least}, got {value}")
-    if options.budget is not None and options.budget <= 0:
-        raise UserError(f"--budget must be positive, got {options.budget:g} s")
+    check_method(options.method, METHODS)
+    check_amounts(("--seeds", options.seeds, 2), ("--epochs", options.epochs, 1), ("--trials", options.trials, 2),
+                  ("--workers", options.workers, 1))  # fmt: skip
+    check_budget(options.budget)
     method = options.chosen
     if options.trials is not None and not method.search:
         searches = " and ".join(name for name, known in METHODS.items() if known.search)

@@ -3,54 +3,33 @@
 from __future__ import annotations
 
 import statistics as plain
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..lab.figures import line_plot
-from ..lab.files import write_atomically
 from ..lab.page import figure, render
 from ..lab.scatter import scatter_plot
+from .page import KINDS, split_answer
+from .printing import MARKS
 from .tune_answer import Answer, answer
+from .tune_figures import Lines, curve, so_far
 from .tune_result import TuneResult
-from .tune_terminal import MARKS, measures, seconds, time_ratios, value_rows
-
-if TYPE_CHECKING:
-    from .tune_study.result import StudyTuneResult
-
-Lines = dict[str, tuple[Sequence[float], Sequence[Sequence[float]]]]
-
-
-def write_tune_page(result: TuneResult | StudyTuneResult, folder: str | Path) -> Path:
-    """Write index.html, of data or of a study.
-
-    Returns:
-        Its path.
-
-    Raises:
-        WriteError: if it cannot be written; an older page is intact.
-    """
-    if not isinstance(result, TuneResult):
-        from .tune_study.page import write_study_page
-
-        return write_study_page(result, folder)
-    return write_atomically(Path(folder) / "index.html", tune_page(result))
+from .tune_terminal import measures, seconds, time_ratios, value_rows
 
 
 def tune_page(result: TuneResult) -> str:
     """The page as text."""
     found = answer(result)
-    first, _, more = found.sentence.partition(". ")
+    first, more = split_answer(found.sentence)
     return render(
         "tune.html.j2",
         "wellposed.compare",
         result=result,
         found=found,
-        answer=first if not more else f"{first}.",
+        answer=first,
         more=more,
         measures=measures(result, found),
         marks=MARKS,
-        kinds={1: "better", 0: "within-noise", -1: "worse"},
+        kinds=KINDS,
         validation=[f"{plain.fmean(arm.validation_losses):.4f}" for arm in result.arms],
         seconds=seconds(result),
         ratios=time_ratios(result),
@@ -71,13 +50,13 @@ def _loss_figure(result: TuneResult) -> Any:
     place = _place(result)
     lines: Lines = {}
     if place == "training":
-        places, best = so_far(result.tuned.curves["validation loss"], min)
-        svg = line_plot({result.tuned.label: (places, best)}, place, f"lowest validation {result.loss_name} so far",
+        best = so_far(result.tuned.curves["validation loss"], min)
+        svg = line_plot({result.tuned.label: best}, place, f"lowest validation {result.loss_name} so far",
                         f"Lowest validation {result.loss_name} by training")  # fmt: skip
         return figure(svg)
     for arm in (result.untuned, result.tuned):
         if place in arm.curves and "validation loss" in arm.curves:
-            lines[arm.label] = _curve(arm.curves, place, "validation loss")
+            lines[arm.label] = curve(arm.curves, place, "validation loss")
     if not lines:
         return None
     return figure(
@@ -96,11 +75,11 @@ def _value_figures(result: TuneResult) -> list[dict[str, Any]]:
             continue
         lines: Lines = {}
         if strength["label"] in curves and len(strength["labels"]) > 1:  # one for each feature, sorted
-            lines["sorted"] = _curve(curves, place, strength["label"])
+            lines["sorted"] = curve(curves, place, strength["label"])
         for label in strength["labels"]:
             if label in curves:
                 short = label.removeprefix(strength["label"]).strip() or label
-                lines[short] = _curve(curves, place, label)
+                lines[short] = curve(curves, place, label)
         if lines:
             svg = line_plot(
                 lines,
@@ -137,30 +116,6 @@ def _tried(result: TuneResult) -> list[tuple[str, Any]]:
             svg = scatter_plot(groups, label, what, f"{what} over {label}", log_x=bool(strength["log"]), narrow=True)
             drawn.append((label, figure(svg)))
     return drawn
-
-
-def so_far(
-    seeds: Sequence[Sequence[float]], best: Callable[[Sequence[float]], float]
-) -> tuple[list[float], list[list[float]]]:
-    """The best value so far, as a line with steps: its places, and one list a seed.
-
-    Example:
-        >>> so_far([[3.0, 4.0, 1.0]], min)
-        ([1.0, 2.0, 2.0, 3.0, 3.0], [[3.0, 3.0, 3.0, 3.0, 1.0]])
-    """
-    count = max(map(len, seeds))
-    places = [1.0, *(float(at) for number in range(2, count + 1) for at in (number, number))]
-    lines = []
-    for seed in seeds:
-        found = [best(seed[: at + 1]) for at in range(len(seed))]
-        lines.append([found[0], *(v for before, now in zip(found, found[1:], strict=False) for v in (before, now))])
-    return places, lines
-
-
-def _curve(
-    curves: dict[str, list[list[float]]], place: str, name: str
-) -> tuple[Sequence[float], Sequence[Sequence[float]]]:
-    return max(curves[place], key=len), curves[name]
 
 
 def _every_seed(result: TuneResult, found: Answer) -> list[tuple[str, list[str]]]:

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics as plain
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
-from ..lab.files import write_atomically
 from ..lab.trial import Outcome
+from .outcomes import best_seed, by_name, failure_note, first_error, good_seeds
 from .task import Task
 from .tune_job import FinishedTuning
 from .tune_options import APPLIED, SINGLE, UNTUNED
+from .tune_record import KIND, VERSION, TwoArms
 from .tune_snippet import apply_values, learn_again, replay_schedule
 
-if TYPE_CHECKING:
-    from .tune_study.result import StudyTuneResult
-
-VERSION = 1
-KIND = "tune"
 THIRD = {APPLIED: "its values, fixed", SINGLE: "one penalty for all"}
 """Labels of the arms that say what a gain is made of."""
 
@@ -65,7 +59,7 @@ class TuneArm:
 
 
 @dataclass
-class TuneResult:
+class TuneResult(TwoArms[TuneArm]):
     """All that `wellposed tune` found; written to `results.json`."""
 
     name: str
@@ -95,16 +89,6 @@ class TuneResult:
     version: int = VERSION
 
     @property
-    def untuned(self) -> TuneArm:
-        """The initial values."""
-        return self.arms[0]
-
-    @property
-    def tuned(self) -> TuneArm:
-        """The method."""
-        return self.arms[1]
-
-    @property
     def third(self) -> TuneArm | None:
         """The arm that says what the gain is made of, where there is one."""
         return self.arms[2] if len(self.arms) > 2 else None
@@ -129,7 +113,7 @@ def collect_tuning(finished: FinishedTuning) -> tuple[TuneResult, str | None]:
     for name, label in THIRD.items():
         if name in finished.outcomes:
             arms.append(_arm(name, label, finished.outcomes[name], task))
-    best = _best_seed(finished.outcomes[method.name], finished.seeds)
+    best = best_seed(finished.outcomes[method.name], finished.seeds)
     chosen = finished.outcomes[method.name][best].artifacts if best is not None else {}
     schedule = chosen.get("schedule")
     usage = replay = again = ""
@@ -147,11 +131,7 @@ def collect_tuning(finished: FinishedTuning) -> tuple[TuneResult, str | None]:
         notes.append(LINEAR.format(model=finished.model.split(",")[0]))
         notes += [f"certificate: {chosen['certificate']}"] if "certificate" in chosen else []
     for arm in arms:
-        if arm.failures:
-            notes.append(
-                f"{arm.label}: {len(arm.failures)} of {len(finished.seeds)} seeds diverged or failed and count as "
-                f"{task.worst_score:.0f} points ({arm.error})"
-            )
+        notes += failure_note(arm.label, arm.failures, finished.seeds, f"{task.worst_score:.0f} points", arm.error)
     left_out = set() if plan is None else set(plan.left_out)
     strengths: list[dict[str, Any]] = []
     if plan is None:
@@ -175,43 +155,13 @@ def collect_tuning(finished: FinishedTuning) -> tuple[TuneResult, str | None]:
     return result, schedule
 
 
-def write_tuning(result: TuneResult, schedule: str | None, folder: str | Path) -> None:
-    """Write results.json and, where values changed along training, schedule.json."""
-    path = Path(folder)
-    write_atomically(path / "results.json", json.dumps(asdict(result), indent=1))
-    if schedule is not None:
-        write_atomically(path / "schedule.json", schedule)
-    else:
-        (path / "schedule.json").unlink(missing_ok=True)  # of another method, in the same folder
-
-
-def load_tuning(folder: str | Path) -> TuneResult | StudyTuneResult:
-    """Read what `write_tuning` wrote, of data or of a study.
+def tune_result_from(content: Mapping[str, Any]) -> TuneResult:
+    """The result that `results.json` holds.
 
     Raises:
-        ValueError: if it was written by another version, or is no such result.
+        TypeError: if the content is that of another version.
     """
-    path = Path(folder) / "results.json"
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        if content.get("report") != KIND or content.get("version") != VERSION:
-            raise ValueError(f"{path} is no result of wellposed tune of version {VERSION}")
-        if content.get("study"):
-            from .tune_study.result import study_result_from
-
-            return study_result_from(content)
-        content["arms"] = [TuneArm(**arm) for arm in content["arms"]]
-        return TuneResult(**content)
-    except (OSError, json.JSONDecodeError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is no readable result ({error})") from error
-
-
-def is_tuning(folder: str | Path) -> bool:
-    """Whether a report's folder was written by `wellposed tune`."""
-    try:
-        return json.loads((Path(folder) / "results.json").read_text("utf-8")).get("report") == KIND
-    except (OSError, ValueError, AttributeError):
-        return False
+    return TuneResult(**{**content, "arms": [TuneArm(**arm) for arm in content["arms"]]})
 
 
 def worst_loss(task: Task) -> float:
@@ -220,15 +170,7 @@ def worst_loss(task: Task) -> float:
 
 
 def _arm(name: str, label: str, by_seed: Mapping[int, Outcome], task: Task) -> TuneArm:
-    good = {seed: o for seed, o in by_seed.items() if o.status == "finished"}
-    errors = [o.error for o in by_seed.values() if o.error]
-    values: dict[str, list[float]] = {}
-    curves: dict[str, list[list[float]]] = {}
-    for outcome in good.values():
-        for key, value in outcome.artifacts["values"].items():
-            values.setdefault(key, []).append(value)
-        for key, curve in outcome.curves.items():
-            curves.setdefault(key, []).append(curve)
+    good = good_seeds(by_seed)
 
     def metric(key: str, worst: float) -> list[float]:
         return [good[seed].metrics[key] if seed in good else worst for seed in by_seed]
@@ -238,12 +180,6 @@ def _arm(name: str, label: str, by_seed: Mapping[int, Outcome], task: Task) -> T
         metric("validation_loss", worst_loss(task)),
         [good[seed].metrics["train_seconds"] if seed in good else None for seed in by_seed],
         round(plain.median([o.metrics["trainings"] for o in good.values()] or [1.0])),
-        [o.metrics["kept"] for o in good.values()], values, curves,
-        [seed for seed in by_seed if seed not in good], errors[0].strip().splitlines()[-1] if errors else None,
+        [o.metrics["kept"] for o in good.values()], by_name(o.artifacts["values"] for o in good.values()),
+        by_name(o.curves for o in good.values()), [seed for seed in by_seed if seed not in good], first_error(by_seed),
     )  # fmt: skip
-
-
-def _best_seed(by_seed: Mapping[int, Outcome], seeds: list[int]) -> int | None:
-    """The seed with the lowest validation loss: chosen without a look at the test set."""
-    good = [seed for seed in seeds if by_seed[seed].status == "finished"]
-    return min(good, key=lambda seed: by_seed[seed].metrics["validation_loss"], default=None)

@@ -63,6 +63,25 @@ TUNERS = {
 """Class of each method that learns within a training, and what tells it from others of the class."""
 
 
+def tuner_words(method: str, optimizer: str) -> tuple[str, str]:
+    """The class of a method that learns within a training, and the expression that makes its tuner.
+
+    Args:
+        method: its name.
+        optimizer: what makes the weights' optimizer, as an expression.
+
+    Example:
+        >>> name, made = tuner_words("bo-rep", "sgd")
+        >>> name, made.startswith("partial(BOREP, inner_optimizer=sgd, outer_lr=")
+        ('BOREP', True)
+    """
+    name, options = TUNERS[method]
+    settings = SELF_TUNING if name == "SelfTuner" else BILEVEL
+    options += ", ".join(f"{k}={v!r}" for k, v in settings.items() if isinstance(v, (int, float, str)))
+    keyword = "inner_optimizer" if name == "BOREP" else "weight_optimizer"
+    return name, f"partial({name}, {keyword}={optimizer}, {options})"
+
+
 def learn_again(plan: Plan, values: Mapping[str, float], method: str, epochs: int) -> str:
     """The same learning in a loop of one's own.
 
@@ -77,10 +96,7 @@ def learn_again(plan: Plan, values: Mapping[str, float], method: str, epochs: in
     for label in plan.left_out:
         strength = next(s for s in plan.strengths if s.label == label)
         code[label] = strength.fixed(values)
-    name, options = TUNERS[method]
-    settings = SELF_TUNING if name == "SelfTuner" else BILEVEL
-    options += ", ".join(f"{k}={v!r}" for k, v in settings.items() if isinstance(v, (int, float, str)))
-    optimizer = "inner_optimizer" if name == "BOREP" else "weight_optimizer"
+    name, tuner = tuner_words(method, "sgd")
     imports = [
         "from functools import partial", "import torch", "from wellposed import Hyperparameter",
         f"from wellposed.tuning import {name}", *(part.imports for part in plan.parts),
@@ -88,7 +104,7 @@ def learn_again(plan: Plan, values: Mapping[str, float], method: str, epochs: in
     lines = [
         *_method([part.expression(code) for part in plan.parts]),
         f"sgd = partial(torch.optim.SGD, lr={LEARNING_RATE}, momentum=0.9, nesterov=True)",
-        f"tuner = partial({name}, {optimizer}=sgd, {options})",
+        f"tuner = {tuner}",
         "result = fit(model, dataset, validation=validation, regularizer=method, tuner=tuner, "
         f"epochs={epochs}, early_stopping={epochs})",
         "result.tuner.values()",

@@ -11,29 +11,32 @@ from rich.table import Table
 from rich.text import Text
 
 from ..lab.page import duration
-from .tune_answer import Answer, Contrast, ratio
+from .printing import VERDICT_STYLES, counted, marked, plain_table, say, say_code, say_notes, say_report
+from .tune_answer import Answer, Contrast
 from .tune_job import Prepared
 from .tune_options import TuneOptions
 from .tune_result import TuneResult
+from .tune_words import ratio, time_ratio
 
 MOST_ROWS = 16
-MARKS = {1: "▲", 0: "≈", -1: "▼"}
 
 
 def print_tune_header(prepared: Prepared, console: Console) -> None:
     """What is about to be done, before it begins."""
     task, options, plan = prepared.task, prepared.options, prepared.plan
     console.print()
-    console.print(Text.assemble((task.name, "bold"), f" · {task.describe()} · model: {prepared.model}"), soft_wrap=True)
-    console.print(Text(task.describe_split()), soft_wrap=True)
-    console.print(Text(f"{options.chosen.title}: {options.about}"), soft_wrap=True)
+    say(
+        console,
+        Text.assemble((task.name, "bold"), f" · {task.describe()} · model: {prepared.model}"),
+        task.describe_split(),
+        f"{options.chosen.title}: {options.about}",
+    )
     if plan is not None:
         learned = [s for s in plan.strengths if s.label not in plan.left_out]
         names = ", ".join(s.label + (f" ×{len(s.labels)}" if len(s.labels) > 1 else "") for s in learned)
-        console.print(Text(f"learning: {names}"), soft_wrap=True)
-    console.print(Text(_amount(options, prepared.epochs)), soft_wrap=True)
-    for note in header_notes(prepared):
-        console.print(Text(f"note: {note}"), soft_wrap=True)
+        say(console, f"learning: {names}")
+    say(console, _amount(options, prepared.epochs))
+    say_notes(console, header_notes(prepared))
 
 
 def header_notes(prepared: Prepared) -> list[str]:
@@ -44,7 +47,7 @@ def header_notes(prepared: Prepared) -> list[str]:
 def _amount(options: TuneOptions, epochs: int) -> str:
     each = f" of {options.trainings} trainings" if options.trainings > 1 else ""
     long = f" · {epochs} epochs a training, the best kept" if epochs else ""
-    workers = f"{options.workers} worker{'s' if options.workers > 1 else ''}"
+    workers = counted(options.workers, "worker")
     return f"initial values against {options.method}{each}, {options.seeds} seeds each{long} · {workers}"
 
 
@@ -56,46 +59,32 @@ def print_tuning(result: TuneResult, found: Answer, printed: Collection[str], fo
     console.print(Text(found.sentence, style="bold"))
     console.print()
     console.print(values_table(result))
-    for note in [note for note in result.notes if note not in printed]:
-        console.print(Text(f"note: {note}"), soft_wrap=True)
+    say_notes(console, (note for note in result.notes if note not in printed))
     if found.outdone:
         console.print("\nUse it, with one penalty for all features:")
-        _print_code(result.again, console)
+        say_code(console, result.again)
     elif found.values_help and result.usage:
         console.print(f"\nUse it (the values of seed {result.best_seed}, which did best on validation data):")
-        _print_code(result.usage, console)
+        say_code(console, result.usage)
     elif found.helps and result.again:
         console.print("\nUse it: the values alone do not carry the gain, so learn in your own training:")
-        _print_code(result.again, console)
+        say_code(console, result.again)
     elif result.usage:
-        console.print(Text("\nThe lines that apply the learned values anyway are in the report."), soft_wrap=True)
-    console.print(Text(f"\nreport    {folder}/index.html"), soft_wrap=True)
-    if result.replay:
-        console.print(Text(f"schedule  {folder}/schedule.json"), soft_wrap=True)
-    console.print(Text("rerun or extend: the same command (finished trainings are kept)"), soft_wrap=True)
-
-
-def _print_code(code: str, console: Console) -> None:
-    for line in code.splitlines():
-        console.print(Text(f"    {line}"), soft_wrap=True)
+        say(console, "\nThe lines that apply the learned values anyway are in the report.")
+    say_report(console, folder, schedule=bool(result.replay))
 
 
 def contrast_table(result: TuneResult, found: Answer) -> Table:
     """Each measure with a line for each arm, and the paired difference to the initial values."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("", no_wrap=True)
-    for title in ("mean", "against initial values"):
-        table.add_column(title, justify="right", no_wrap=True)
+    table = plain_table("", "mean", "against initial values")
     for lines in measures(result, found):
         table.add_row(lines[0].measure, "", "")
         for line in lines:
-            style = {1: "bold green", -1: "dim"}.get(line.verdict, "")
-            mark = f" {MARKS[line.verdict]}" if line.gap else ""
-            table.add_row(f"  {line.arm}", line.mean, f"{line.gap}{mark}", style=style)
+            gap, style = marked(line.gap, line.verdict), VERDICT_STYLES[line.verdict]
+            table.add_row(f"  {line.arm}", line.mean, gap, style=style)
     table.add_row("wall time", "", "")
     for arm, took, times in zip(result.arms, seconds(result), time_ratios(result), strict=True):
-        trained = f"{arm.trainings} training{'' if arm.trainings == 1 else 's'}"
-        table.add_row(f"  {arm.label}", took, f"{trained} {times:>6}")
+        table.add_row(f"  {arm.label}", took, f"{counted(arm.trainings, 'training')} {times:>6}")
     return table
 
 
@@ -138,19 +127,13 @@ def seconds(result: TuneResult) -> list[str]:
 
 def time_ratios(result: TuneResult) -> list[str]:
     """Median ratio of wall times to the initial values, empty for themselves."""
-    found = [""]
-    for arm in result.arms[1:]:
-        ratios = [b / a for a, b in zip(result.untuned.seconds, arm.seconds, strict=True) if a and b]
-        found.append(f"{ratio(plain.median(ratios))}×" if ratios else "–")
-    return found
+    found = [time_ratio(result.untuned.seconds, arm.seconds) for arm in result.arms[1:]]
+    return ["", *("–" if times is None else f"{ratio(times)}×" for times in found)]
 
 
 def values_table(result: TuneResult) -> Table:
     """Every value: where it began, what the best seed learned, and the range over seeds."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("learned", no_wrap=True)
-    for title in ("initial", f"seed {result.best_seed}", "range over seeds"):
-        table.add_column(title, justify="right", no_wrap=True)
+    table = plain_table("learned", "initial", f"seed {result.best_seed}", "range over seeds")
     rows = value_rows(result)
     if len(rows) > MOST_ROWS:  # of hundreds of features only the ends are of interest here
         rows = sorted(rows, key=lambda row: float(row[2]))

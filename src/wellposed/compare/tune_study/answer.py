@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics as plain
 from dataclasses import dataclass
 
-from ...lab.statistics import Interval, direction, mean_interval, paired_interval, smallest_n
+from ...lab.statistics import direction, mean_interval, paired_interval
 from ...lab.study_words import decimals_for
-from ..ranking import signed
-from ..tune_answer import LEVEL, ratio
+from ..ranking import capital
 from ..tune_options import APPLIED
+from ..tune_words import LEVEL, gap_words, mean_words, ratio, time_ratio, too_few
 from .job import LEDGER
 from .result import StudyTuneResult, TriedArm
 
@@ -71,8 +71,7 @@ class _Words:
         self.unit = f" {result.unit}" if result.unit else ""
 
     def line(self, arm: TriedArm) -> Line:
-        mean, first = mean_interval(arm.scores, LEVEL), self.result.untuned
-        shown = f"{mean.estimate:.{self.decimals}f} ± {mean.half_width:.{self.decimals}f}"
+        first, shown = self.result.untuned, mean_words(mean_interval(arm.scores, LEVEL), self.decimals)
         if arm is first:
             return Line(arm.label, shown, "", 0, self.time(arm))
         return Line(arm.label, shown, self.gap(arm, first), self.verdict(arm, first), self.time(arm))
@@ -86,39 +85,33 @@ class _Words:
 
     def price(self, arm: TriedArm) -> str:
         """Median ratio of wall times to the defaults."""
-        ratios = [b / a for a, b in zip(self.result.untuned.seconds, arm.seconds, strict=True) if a and b]
-        return f"{ratio(plain.median(ratios))}×" if ratios else ""
+        found = time_ratio(self.result.untuned.seconds, arm.seconds)
+        return "" if found is None else f"{ratio(found)}×"
 
     def verdict(self, arm: TriedArm, other: TriedArm) -> int:
         better = -1 if self.result.lower_is_better else 1
         return better * direction([a - b for a, b in zip(arm.scores, other.scores, strict=True)], LEVEL)
 
     def gap(self, arm: TriedArm, other: TriedArm) -> str:
-        d: Interval = paired_interval(arm.scores, other.scores, LEVEL)
-        return f"{self.signed(d.estimate)} [{self.signed(d.low)}, {self.signed(d.high)}]"
-
-    def signed(self, value: float) -> str:
-        return signed(value, self.decimals)
+        return gap_words(paired_interval(arm.scores, other.scores, LEVEL), self.decimals)
 
     def sentence(self, verdicts: dict[str, int]) -> str:
-        result, n, enough = self.result, len(self.result.seeds), smallest_n(LEVEL)
-        method, first, words = result.method_label, result.untuned, result.words
+        result, method, first = self.result, capital(self.result.method_label), self.result.untuned
         if result.history and result.tuned.settings == first.settings:
             count = len(result.history)
             return (
                 f"Of {count} configurations none scored higher on the tuning seeds than the registered defaults. Keep them."
             ) + self.against_ledger()
-        gap = f"{words} {self.gap(result.tuned, first)}{self.unit} against the registered defaults"
-        if n < enough:
-            return f"{n} seeds cannot show a difference; {enough} or more can ({gap}). Until then, keep the registered defaults."
+        gap = f"{result.words} {self.gap(result.tuned, first)}{self.unit} against the registered defaults"
+        if few := too_few(len(result.seeds), gap, "registered defaults"):
+            return few
         verdict = verdicts[result.method]
-        capital = method[:1].upper() + method[1:]
         if verdict > 0:
-            text = f"{capital} improves {result.arm_label}: {gap}, {self.spent()}."
+            text = f"{method} improves {result.arm_label}: {gap}, {self.spent()}."
         elif verdict < 0:
-            text = f"{capital} makes {result.arm_label} worse: {gap}. Keep the registered defaults."
+            text = f"{method} makes {result.arm_label} worse: {gap}. Keep the registered defaults."
         else:
-            text = f"{capital} gains nothing beyond noise: {gap}. Keep the registered defaults."
+            text = f"{method} gains nothing beyond noise: {gap}. Keep the registered defaults."
         return text + self.against_ledger() + self.applied(verdicts.get(APPLIED))
 
     def spent(self) -> str:

@@ -4,54 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...datasets.registry import find_dataset, is_installed
 from ...lab.protocol import Protocol, StudyArm
-from ...lab.space import Choice, Range
 from ...lab.study import Study, protocol_of
 from ...lab.trial import Setting
 from ...papers.catalogue import Card, load_cards
 from ..errors import UserError, suggestion
 from .options import StudyTuneOptions, check_study_options
+from .prepared import PreparedStudy
+from .rehearsal import rehearse_study
 
 LEDGERS = (Path("results"), Path(__file__).parents[4] / "results")
 """Where the ledger may be: here, or in the checkout that this package runs from."""
-
-
-@dataclass
-class PreparedStudy:
-    """A job whose arguments all fit together.
-
-    Attributes:
-        study, card, protocol, arm, options: as found.
-        space: what a search tunes.
-        defaults: settings of the arm as registered.
-        ledger: settings that the ledger holds for the arm, or None.
-        ledger_rounds: configurations that the ledger's search tried.
-        metric: what is compared.
-        words: the metric in words.
-        learned: settings that a method learns within a training; empty for a search.
-        left_out: settings that it could not learn, and why.
-        notes: what a reader must know.
-    """
-
-    study: Study
-    card: Card
-    protocol: Protocol
-    arm: StudyArm
-    options: StudyTuneOptions
-    space: Mapping[str, Range | Choice]
-    defaults: dict[str, Setting]
-    ledger: dict[str, Setting] | None
-    ledger_rounds: int
-    metric: str
-    words: str
-    learned: list[str] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 def prepare_study(study: Study, card: Card, options: StudyTuneOptions, offered: Sequence[str] = ()) -> PreparedStudy:
@@ -103,8 +70,6 @@ def prepare_study(study: Study, card: Card, options: StudyTuneOptions, offered: 
     elif prepared.ledger is None:
         prepared.notes.append(f"no results/{card.slug}.json here: the ledger's settings are not compared")
     if not options.chosen.search:
-        from .training import rehearse_study
-
         rehearse_study(prepared)
     return prepared
 

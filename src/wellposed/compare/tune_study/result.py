@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import statistics as plain
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from ...lab.files import write_atomically
 from ...lab.trial import Outcome, Setting
 from ..errors import UserError
+from ..outcomes import best_seed, by_name, failure_note, first_error, good_seeds
 from ..tune_options import APPLIED, UNTUNED
+from ..tune_record import KIND, VERSION, TwoArms
 from .job import LEDGER, FinishedStudy
 from .snippet import learn_study, run_settings
 from .training import HEADLINE
 
-VERSION = 1
-KIND = "tune"
 UNITS = ("points", "nats")
 LABELS = {UNTUNED: "registered defaults", LEDGER: "the ledger's settings", APPLIED: "its values, fixed"}
 
@@ -50,7 +47,7 @@ class TriedArm:
 
 
 @dataclass
-class StudyTuneResult:
+class StudyTuneResult(TwoArms[TriedArm]):
     """All that `wellposed tune STUDY` found; written to `results.json`."""
 
     slug: str
@@ -88,16 +85,6 @@ class StudyTuneResult:
     report: str = KIND
     version: int = VERSION
 
-    @property
-    def untuned(self) -> TriedArm:
-        """The registered defaults."""
-        return self.arms[0]
-
-    @property
-    def tuned(self) -> TriedArm:
-        """The method."""
-        return self.arms[1]
-
     def find(self, name: str) -> TriedArm | None:
         """An arm by name."""
         return next((arm for arm in self.arms if arm.name == name), None)
@@ -126,18 +113,14 @@ def collect_study(finished: FinishedStudy) -> tuple[StudyTuneResult, str | None]
     # One number is below its worst value: less of it is better.
     lower = worst is not None and worst > plain.median(arms[0].scores)
     by_seed = finished.outcomes[method.name]
-    best = _best_seed(by_seed, finished.seeds) if finished.tuned is None else finished.seeds[0]
+    best = best_seed(by_seed, finished.seeds) if finished.tuned is None else finished.seeds[0]
     chosen = by_seed[best].artifacts if best is not None else {}
     names = list(prepared.space) if method.search else prepared.learned
     words, _, unit = prepared.words.partition(", ")
     words, unit = (words, unit) if unit in UNITS else (prepared.words, "")
     notes = list(finished.notes)
     for arm in arms:
-        if arm.failures:
-            notes.append(
-                f"{arm.label}: {len(arm.failures)} of {len(finished.seeds)} seeds diverged or failed and count as {worst:g} "
-                f"({arm.error})"
-            )
+        notes += failure_note(arm.label, arm.failures, finished.seeds, f"{worst or 0.0:g}", arm.error)
     best_settings = settings[method.name] or {**prepared.defaults, **chosen.get("values", {})}
     slug, arm_name, seed = prepared.card.slug, prepared.arm.name, finished.seeds[0] if best is None else best
     result = StudyTuneResult(
@@ -152,16 +135,6 @@ def collect_study(finished: FinishedStudy) -> tuple[StudyTuneResult, str | None]
         options.command, finished.machine, finished.fingerprint, finished.commit, finished.seconds, notes,
     )  # fmt: skip
     return result, chosen.get("schedule")
-
-
-def write_study_tuning(result: StudyTuneResult, schedule: str | None, folder: str | Path) -> None:
-    """Write results.json and, where values changed along training, schedule.json."""
-    path = Path(folder)
-    write_atomically(path / "results.json", json.dumps(asdict(result), indent=1))
-    if schedule is not None:
-        write_atomically(path / "schedule.json", schedule)
-    else:
-        (path / "schedule.json").unlink(missing_ok=True)  # of another method, in the same folder
 
 
 def study_result_from(content: Mapping[str, Any]) -> StudyTuneResult:
@@ -183,10 +156,8 @@ def _arm(
     metric: str,
     worst: float | None,
 ) -> TriedArm:
-    good = {seed: o for seed, o in by_seed.items() if o.status == "finished"}
+    good, error = good_seeds(by_seed), first_error(by_seed)
     failures = [seed for seed in by_seed if seed not in good]
-    errors = [o.error for o in by_seed.values() if o.error]
-    error = errors[0].strip().splitlines()[-1] if errors else None
     if failures and worst is None:
         raise UserError(f"{label}: the training of seed {failures[0]} failed ({error})")
     scores = []
@@ -195,19 +166,7 @@ def _arm(
         if HEADLINE not in found and metric not in found:
             raise UserError(f"this arm measures no '{metric}', but {', '.join(sorted(found))}: take another --arm")
         scores.append(found[HEADLINE] if HEADLINE in found else found[metric])
-    values: dict[str, list[float]] = {}
-    curves: dict[str, list[list[float]]] = {}
-    for outcome in good.values():
-        if HEADLINE in outcome.metrics:
-            for key, value in outcome.artifacts["values"].items():
-                values.setdefault(key, []).append(value)
-            for key, curve in outcome.curves.items():
-                curves.setdefault(key, []).append(curve)
     seconds = [good[seed].seconds if seed in good else None for seed in by_seed]
+    learned = [outcome for outcome in good.values() if HEADLINE in outcome.metrics]
+    values, curves = by_name(o.artifacts["values"] for o in learned), by_name(o.curves for o in learned)
     return TriedArm(name, label, scores, seconds, settings, values, curves, failures, error)
-
-
-def _best_seed(by_seed: Mapping[int, Outcome], seeds: list[int]) -> int | None:
-    """The seed with the lowest validation loss: chosen without a look at the test set."""
-    good = [seed for seed in seeds if by_seed[seed].status == "finished"]
-    return min(good, key=lambda seed: by_seed[seed].metrics["validation_loss"], default=None)

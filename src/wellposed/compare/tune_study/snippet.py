@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ...lab.trial import Setting
-from ..tune_methods import BILEVEL, SELF_TUNING
-from ..tune_snippet import TUNERS
+from ..tune_snippet import tuner_words
 
 
 def run_settings(slug: str, arm: str, settings: Mapping[str, Setting], seed: int, metric: str) -> str:
@@ -29,10 +28,7 @@ def run_settings(slug: str, arm: str, settings: Mapping[str, Setting], seed: int
 
 def learn_study(slug: str, arm: str, settings: Mapping[str, Setting], seed: int, method: str) -> str:
     """The study's problem as a model with data, and a tuner on it; the learning rate stays where it begins."""
-    name, options = TUNERS[method]
-    chosen = SELF_TUNING if name == "SelfTuner" else BILEVEL
-    options += ", ".join(f"{k}={v!r}" for k, v in chosen.items() if isinstance(v, (int, float, str)))
-    optimizer = "inner_optimizer" if name == "BOREP" else "weight_optimizer"
+    name, tuner = tuner_words(method, "problem.optimizer")
     return "\n".join(
         [
             "from functools import partial",
@@ -44,7 +40,7 @@ def learn_study(slug: str, arm: str, settings: Mapping[str, Setting], seed: int,
             "",
             *_trial(slug, arm, settings, seed),
             f"problem = find_tunable({slug!r})(trial)",
-            f"tuner = partial({name}, {optimizer}=problem.optimizer, {options})",
+            f"tuner = {tuner}",
             "result = fit(problem.model, problem.train, validation=problem.validation, epochs=problem.epochs,",
             "             regularizer=problem.regularizer, tuner=tuner, seed=trial.seed)",
             "{name: float(h()) for name, h in problem.strengths.items()}",

@@ -11,10 +11,10 @@ from rich.text import Text
 
 from ...lab.page import duration
 from ...lab.trial import Setting
-from ..tune_terminal import MARKS
+from ..printing import VERDICT_STYLES, counted, marked, plain_table, say, say_code, say_notes, say_report
 from .answer import StudyAnswer
-from .choice import PreparedStudy
 from .job import LEDGER
+from .prepared import PreparedStudy
 from .result import StudyTuneResult
 
 
@@ -23,20 +23,19 @@ def print_study_header(prepared: PreparedStudy, console: Console) -> None:
     options, method = prepared.options, prepared.options.chosen
     console.print()
     title = f" · {prepared.card.name} · arm {prepared.arm.name}: {prepared.arm.label}"
-    lines = [
+    say(
+        console,
         Text.assemble((prepared.card.slug, "bold"), title),
-        Text(f"{method.title}: {options.about}"),
-        Text(f"{'tuning' if method.search else 'learning'}: {', '.join(prepared.learned or prepared.space)}"),
-        Text(_amount(prepared)),
-        *(Text(f"note: {note}") for note in prepared.notes),
-    ]
-    for line in lines:
-        console.print(line, soft_wrap=True)
+        f"{method.title}: {options.about}",
+        f"{'tuning' if method.search else 'learning'}: {', '.join(prepared.learned or prepared.space)}",
+        _amount(prepared),
+    )
+    say_notes(console, prepared.notes)
 
 
 def _amount(prepared: PreparedStudy) -> str:
     options = prepared.options
-    workers = f"{options.workers} worker{'s' if options.workers > 1 else ''}"
+    workers = counted(options.workers, "worker")
     rivals = "registered defaults" + (" and the ledger's settings" if prepared.ledger is not None else "")
     search = ""
     if options.chosen.search:
@@ -50,48 +49,37 @@ def print_study_tuning(
     """The numbers, the answer, the settings, the lines that repeat them, and where the report is."""
     console.print()
     less = " (less is better)" if result.lower_is_better else ""
-    console.print(Text(f"{result.words}{f', {result.unit}' if result.unit else ''}{less}"), soft_wrap=True)
+    say(console, f"{result.words}{f', {result.unit}' if result.unit else ''}{less}")
     console.print(arms_table(result, found))
     console.print()
     console.print(Text(found.sentence, style="bold"))
     console.print()
     console.print(settings_table(result))
-    for note in [note for note in result.notes if note not in printed]:
-        console.print(Text(f"note: {note}"), soft_wrap=True)
+    say_notes(console, (note for note in result.notes if note not in printed))
     if result.history:
         took = duration(result.tuning_seconds)
         count = len(result.history) * result.tuning_seeds
-        console.print(Text(f"tuning took {count} trainings, {took} in all"), soft_wrap=True)
+        say(console, f"tuning took {count} trainings, {took} in all")
     if found.values_help or found.helps:
         code = result.usage if found.values_help else result.again
         console.print("\nUse it:" if found.values_help else "\nThe values alone do not carry the gain, so learn again:")
-        for line in code.splitlines():
-            console.print(Text(f"    {line}"), soft_wrap=True)
-    console.print(Text(f"\nreport    {folder}/index.html"), soft_wrap=True)
-    if result.again:
-        console.print(Text(f"schedule  {folder}/schedule.json"), soft_wrap=True)
-    console.print(Text("rerun or extend: the same command (finished trainings are kept)"), soft_wrap=True)
+        say_code(console, code)
+    say_report(console, folder, schedule=bool(result.again))
 
 
 def arms_table(result: StudyTuneResult, found: StudyAnswer) -> Table:
     """Each arm with its mean, the paired difference to the defaults, and the time of a training."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("", no_wrap=True)
-    for title in ("mean", "against the defaults", "a training"):
-        table.add_column(title, justify="right", no_wrap=True)
+    table = plain_table("", "mean", "against the defaults", "a training")
     for line in found.lines:
-        style = {1: "bold green", -1: "dim"}.get(line.verdict, "")
-        mark = f" {MARKS[line.verdict]}" if line.gap else ""
-        table.add_row(line.label, line.mean, f"{line.gap}{mark}", line.time, style=style)
+        gap, style = marked(line.gap, line.verdict), VERDICT_STYLES[line.verdict]
+        table.add_row(line.label, line.mean, gap, line.time, style=style)
     return table
 
 
 def settings_table(result: StudyTuneResult) -> Table:
     """Every setting that was tuned: as registered, as found, and as the ledger holds it."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
     header, rows = settings_rows(result)
-    for number, title in enumerate(header):
-        table.add_column(title, justify="right" if number else "left", no_wrap=True)
+    table = plain_table(*header)
     for row in rows:
         table.add_row(*row)
     return table
