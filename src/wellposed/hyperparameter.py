@@ -166,6 +166,17 @@ def value_of(strength: Any) -> Any:
     return strength() if isinstance(strength, Hyperparameter) else strength
 
 
+def number_of(strength: Any) -> float:
+    """The same as a plain number, for what has no derivative in it, such as the rate of a random mask.
+
+    Example:
+        >>> number_of(0.5), number_of(Hyperparameter(0.25, 0.0, 1.0))
+        (0.5, 0.25)
+    """
+    value = value_of(strength)
+    return float(value.detach()) if isinstance(value, Tensor) else float(value)
+
+
 def check_strength(owner: str, name: str, strength: Any, low: float = 0.0, high: float = math.inf) -> None:
     """Check a strength, float or `Hyperparameter`, against the closed range [low, high].
 

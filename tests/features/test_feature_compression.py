@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from wellposed import Compose, Hyperparameter, Pair, Regularizer, RequirementErr
 from wellposed.evaluation import predict
 from wellposed.features import FeatureCompression, NestedDropout
 from wellposed.features.insertion import insert, inserted, remove
+from wellposed.hyperparameter import substituted
 from wellposed.losses import CoTeaching, EarlyLearning, Mixup
 from wellposed.weights import EarlyStopping, WeightAveraging
 
@@ -318,6 +320,24 @@ def test_sigma_and_p_may_be_hyperparameters():
     model = dropped.attach(smooth_network())
     zeros = torch.stack([inserted(model[2])(torch.ones(64, 16)) == 0 for _ in range(50)]).float().mean()
     assert abs(float(zeros) - 0.25) < 0.01
+
+
+def test_a_rate_that_a_tuner_differentiates_drops_like_a_plain_one_and_without_a_warning():
+    p = Hyperparameter(0.25, 0.0, 1.0)
+    learned = FeatureCompression("dropout", p=p).attach(smooth_network())
+    fixed = FeatureCompression("dropout", p=float(p.value)).attach(smooth_network())
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # else PyTorch warns once a process, perhaps in an earlier test
+    try:
+        with warnings.catch_warnings(), substituted({p: p.raw.clone().requires_grad_()}):
+            warnings.simplefilter("error")
+            assert p.value.requires_grad
+            torch.manual_seed(0)
+            dropped = learned(X)
+    finally:
+        torch.set_warn_always(before)
+    torch.manual_seed(0)
+    assert torch.equal(dropped, fixed(X))
 
 
 def test_a_model_that_carries_the_layer_can_be_copied_and_pickled():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..hyperparameter import Hyperparameter, check_strength, value_of
+from ..hyperparameter import Hyperparameter, check_strength, number_of
 from ..regularizer import Regularizer
 from ..tuning import HyperDropout, HyperDropout2d
 
@@ -66,7 +66,7 @@ class DropoutLayers(Regularizer):
 
     def finish(self, model: nn.Module) -> nn.Module:
         for name, layer in self._replaced.items():
-            layer.p = float(value_of(self.rates[name]))  # type: ignore[assignment]
+            layer.p = number_of(self.rates[name])  # type: ignore[assignment]
             model.set_submodule(name, layer)
         self._replaced = {}
         return model

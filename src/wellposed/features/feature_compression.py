@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..batching import IGNORE_INDEX, as_batch, call_model, to_device, unwrap
 from ..evaluation import predict
-from ..hyperparameter import Hyperparameter, check_strength, value_of
+from ..hyperparameter import Hyperparameter, check_strength, number_of
 from ..pair import Pair
 from ..regularizer import Regularizer
 from ..step import Step, mode
@@ -30,7 +30,7 @@ class FeatureDropout(nn.Module):
         self.active = True
 
     def forward(self, features: Tensor) -> Tensor:
-        return nn.functional.dropout(features, float(value_of(self.p)), self.training and self.active)
+        return nn.functional.dropout(features, number_of(self.p), self.training and self.active)
 
 
 class FeatureCompression(Regularizer):

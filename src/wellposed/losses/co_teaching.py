@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..batching import Paired, batch_size, call_model, map_tensors, unwrap
-from ..hyperparameter import Hyperparameter, check_strength, value_of
+from ..hyperparameter import Hyperparameter, check_strength, number_of
 from ..objective import Criterion, cross_entropy
 from ..pair import Pair, reinitialized
 from ..regularizer import Regularizer
@@ -169,7 +169,7 @@ class CoTeaching(Regularizer):
 
     def rate(self, step: Step) -> float:
         """The share that is left out in this step's epoch."""
-        return forget_rate_at(step.epoch, float(value_of(self.forget_rate)), self.num_gradual)
+        return forget_rate_at(step.epoch, number_of(self.forget_rate), self.num_gradual)
 
     def attach(self, model: nn.Module) -> nn.Module:
         pair = model if isinstance(model, Pair) else Pair(model, reinitialized(model))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..averaging import exponential_moving_average_, inverse_ramp, sigmoid_decay, sigmoid_ramp
 from ..batching import Paired, batch_size, unwrap
-from ..hyperparameter import Hyperparameter, check_strength, value_of
+from ..hyperparameter import Hyperparameter, check_strength, number_of, value_of
 from ..pair import Pair, reinitialized
 from ..regularizer import Regularizer
 from ..sample_table import SampleTable
@@ -143,7 +143,7 @@ class EarlyLearningPlus(Regularizer):
             logits = step.forward(inputs=clean, model=self.averages[other], grad=False, training=True)
             p = logits.float().softmax(-1)
             updated = torch.lerp(p, self._table(key).read(step.index, device=p.device), self.momentum)
-            alpha = float(value_of(self.alpha))
+            alpha = number_of(self.alpha)
             if alpha > 0:
                 coefficient = draw_coefficients(size, alpha, step.generator, self.per_sample).to(p.device)
                 permutation = torch.randperm(size, generator=step.generator).to(p.device)

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..batching import batch_size, cut, map_tensors
-from ..hyperparameter import Hyperparameter, check_strength, value_of
+from ..hyperparameter import Hyperparameter, check_strength, number_of
 from ..regularizer import Regularizer
 from ..step import Step
 
@@ -92,7 +92,7 @@ class Mixup(Regularizer):
     def on_batch(self, step: Step) -> None:
         size = batch_size(step)
         device = step.targets.device
-        coefficient = draw_coefficients(size, float(value_of(self.alpha)), step.generator, self.per_sample).to(device)
+        coefficient = draw_coefficients(size, number_of(self.alpha), step.generator, self.per_sample).to(device)
         permutation = torch.randperm(size, generator=step.generator).to(device)
         targets = step.targets
         if not targets.is_floating_point():
