@@ -1,6 +1,8 @@
 """Data sets: bundled ones load, others say how to get them, damaged ones are refused."""
 
+import ast
 import dataclasses
+import graphlib
 import gzip
 import hashlib
 import io
@@ -186,3 +188,16 @@ def test_images_have_the_published_classes(name, rows):
     else:
         published = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
         assert np.bincount(data.targets[:60_000]).tolist() == published
+
+
+def test_no_file_imports_what_imports_it_not_even_inside_a_function():
+    folder = Path(registry.__file__).parent
+    graph = {}
+    for path in folder.glob("*.py"):
+        if path.stem != "__init__":
+            nodes = [
+                n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.ImportFrom) and n.level
+            ]
+            graph[path.stem] = {name for n in nodes for name in ([n.module] if n.module else [a.name for a in n.names])}
+    assert graph["registry"] >= {"arrays", "readers", "mails"}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError

@@ -11,18 +11,12 @@ from wellposed.lab.study import Seed, protocol_of
 from wellposed.lab.study_run import StudyOptions, run_study
 from wellposed.lab.trial import Outcome, Trial
 from wellposed.papers.catalogue import find_card
-from wellposed.studies import maid
 from wellposed.studies.maid import (
-    ACCURACIES,
-    GRID,
     METHODS,
     RIVALS,
     STUDY,
     advance,
-    bound_cases,
-    certificates,
     cost_to_gap,
-    descent_cases,
     last_accepted,
     logistic_learnable,
     make_tuner,
@@ -36,6 +30,8 @@ from wellposed.studies.problems.bilevel_reference import (
 )
 from wellposed.studies.problems.decoupled_quadratic import DecoupledQuadratic
 from wellposed.studies.problems.log_cosh import STEEPEST, LogCosh
+from wellposed.studies.problems.maid_certificates import bound_cases, certificates, descent_cases, exact_runs
+from wellposed.studies.problems.maid_grid import ACCURACIES, GRID
 from wellposed.studies.problems.variational_denoising import photographs
 from wellposed.studies.problems.weighted_logistic import WeightedLogistic
 from wellposed.tuning import HOAG, MAID, FixedArmijo, FixedStep
@@ -306,7 +302,7 @@ def test_cost_is_counted_to_the_gap_and_is_the_budget_where_it_is_never_reached(
 def test_the_exact_claims_hold_in_every_case():
     for cases in (descent_cases(), bound_cases()):
         assert len(cases) >= 120 and all(case.holds for case in cases)
-    assert sum(found.steps for _, found, _ in maid._exact_runs()) > 400
+    assert sum(found.steps for _, found, _ in exact_runs()) > 400
     names = " ".join(case.name for case in descent_cases())
     assert all(f"seed {seed}" in names for seed in range(1000, 1012))
 

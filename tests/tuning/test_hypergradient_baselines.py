@@ -11,7 +11,13 @@ from torch import nn
 
 from wellposed import BilevelProblem, Hyperparameter
 from wellposed.step import DivergenceError
-from wellposed.tuning import ImplicitDifferentiation, NormalizedMomentum, OneStepUnrolled
+from wellposed.tuning import (
+    ImplicitDifferentiation,
+    NormalizedMomentum,
+    OneStepUnrolled,
+    StocBiO,
+    upper_parameters,
+)
 
 
 def streams():
@@ -160,6 +166,24 @@ def test_bad_arguments_and_gradients_are_refused(make):
     problem.outer_loss = lambda p, v, b: math.nan * p["y"].sum()
     with pytest.raises(DivergenceError, match=f"{make.__name__}: the hypergradient is not finite"):
         make(problem, 0.1, 0.1).step(*streams())
+
+
+@pytest.mark.parametrize("make", [OneStepUnrolled, ImplicitDifferentiation, StocBiO])
+def test_a_parameter_on_both_levels_is_refused_by_each_under_its_own_name(make):
+    encoder = nn.Linear(2, 2)
+    loss = lambda p, v, b: sum(x.sum() for x in [*p.values(), *v.values()])  # noqa: E731
+    problem = BilevelProblem(encoder, loss, loss, hypers=upper_parameters(encoder))
+    with pytest.raises(ValueError, match=f"{make.__name__}: the parameter 'weight' is the hyperparameter 'weight'"):
+        make(problem, 0.1, 0.1, **({"neumann_lr": 0.1} if make is StocBiO else {}))
+
+
+def test_the_cosine_of_a_double_loop_ends_at_zero_with_its_run():
+    problem = quadratic()
+    tuner = StocBiO(problem, 0.1, 0.1, 0.1, schedule="cosine")
+    tuner.run(noises(60, seed=3), noises(60, seed=4), steps=4)
+    assert tuner.total_steps == 4 and tuner.scheduled_lr() == pytest.approx(0.0, abs=1e-15)
+    with pytest.raises(ValueError, match="'cosine' needs total_steps"):
+        StocBiO(quadratic(), 0.1, 0.1, 0.1, schedule="cosine").step(*streams())
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wellposed import Hyperparameter
-from wellposed.tuning import HyperDropout, convert, response_state
+from wellposed import BilevelProblem, Hyperparameter
+from wellposed.losses import LabelSmoothing
+from wellposed.objective import cross_entropy
+from wellposed.tuning import HyperDropout, SelfTuner, convert, response_state
 from wellposed.tuning.conversion import response_parameters
+from wellposed.tuning.linearization import explained_forward_mode
 
 N, B = 3, 5
 
@@ -160,3 +164,72 @@ def test_a_copy_of_a_converted_model_is_linearised_by_its_own_state(case):
     model.eval()
     copied = copy.deepcopy(model)
     torch.testing.assert_close(predict(copied, x, k, True), predict(model, x, k, True), rtol=0, atol=0)
+
+
+class Attention(nn.Module):
+    """Classes of short sequences by one head of fused attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(F.scaled_dot_product_attention(*(layer(x)[:, None] for layer in self.layers))[:, 0].mean(1))
+
+
+class Cube(torch.autograd.Function):
+    """Without `jvp`, as most functions of one's own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 3 * ctx.saved_tensors[0] ** 2 * gradient
+
+
+class Cubed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return Cube.apply(self.layer(x)).mean(1)
+
+
+def trained(network, **options):
+    """Losses of two steps, the second with a response that is not zero."""
+    torch.manual_seed(0)
+    smoothing = LabelSmoothing(Hyperparameter(0.1, 0.0, 0.5, per_example=True))
+    tuner = SelfTuner(BilevelProblem.from_regularizer(network(), smoothing, cross_entropy), train_steps=1, **options)
+    batch = torch.randn(B, 3, 4), torch.arange(B) % 2
+    return tuner, [info.inner_loss for info in tuner.run([batch], [batch], 2)]
+
+
+@pytest.mark.parametrize(
+    ("network", "operation"),
+    [(Attention, "_scaled_dot_product_flash_attention"), (Cubed, "You must implement the jvp function")],
+)
+def test_an_operation_without_forward_mode_derivative_is_named_with_the_ways_out(network, operation):
+    with pytest.raises(NotImplementedError, match=f"SelfTuner: .*{operation}.*linearize=False.*MATH.*'eager'") as found:
+        trained(network)
+    assert "please file an issue" not in str(found.value).lower()
+    assert isinstance(found.value.__cause__, NotImplementedError) and "forward" in str(found.value.__cause__)
+
+
+def test_both_ways_out_of_a_fused_attention_train():
+    assert all(torch.isfinite(torch.tensor(trained(Attention, linearize=False)[1])))
+    with sdpa_kernel(SDPBackend.MATH):
+        tuner, losses = trained(Attention)
+    assert all(torch.isfinite(torch.tensor(losses)))
+    names = response_parameters(tuner.problem.model)
+    assert any(bool(tuner.problem.params[n].any()) for n in names if "scale" in n)  # the response was learned
+
+
+def test_an_error_of_the_same_kind_for_another_reason_passes_unchanged():
+    error = NotImplementedError("forward is not written yet")
+    with pytest.raises(NotImplementedError) as found, explained_forward_mode("SelfTuner"):
+        raise error
+    assert found.value is error

@@ -78,7 +78,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
 
 @pytest.fixture
 def two_processes(monkeypatch):
-    for module in ("self_tuning", "maid"):
+    for module in ("self_tuning_checks", "maid"):
         monkeypatch.setattr(f"wellposed.tuning.{module}.distributed", lambda: True)
 
 

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 import lazy_loader as lazy
 
 if TYPE_CHECKING:
+    from .arrays import Arrays as Arrays
+    from .arrays import DatasetError as DatasetError
     from .fetching import get_dataset as get_dataset
-    from .registry import Arrays as Arrays
-    from .registry import DatasetError as DatasetError
     from .registry import DatasetNotInstalled as DatasetNotInstalled
     from .registry import find_dataset as find_dataset
     from .registry import list_datasets as list_datasets
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
+        "arrays": ["Arrays", "DatasetError"],
         "fetching": ["get_dataset"],
-        "registry": ["Arrays", "DatasetError", "DatasetNotInstalled", "find_dataset", "list_datasets", "load_dataset"],
+        "registry": ["DatasetNotInstalled", "find_dataset", "list_datasets", "load_dataset"],
     },
 )

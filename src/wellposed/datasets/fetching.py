@@ -11,7 +11,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from .registry import DataSet, DatasetError, find_dataset, locate, user_folder
+from .arrays import DatasetError
+from .registry import DataSet, find_dataset, locate, user_folder
 
 
 def get_dataset(name: str) -> str:

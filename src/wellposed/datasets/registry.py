@@ -9,40 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from . import readers
+from .arrays import Arrays as Arrays
+from .arrays import DatasetError as DatasetError
 from .mails import mail_counts
 
 ENVIRONMENT = "WELLPOSED_DATA"
 """Environment variable that names a folder with data sets."""
 
 
-class DatasetError(ValueError):
-    """A data set is unknown or damaged."""
-
-
 class DatasetNotInstalled(DatasetError):
     """A known data set is not on this machine; the message says how to get it."""
-
-
-@dataclass(frozen=True)
-class Arrays:
-    """A loaded data set.
-
-    Attributes:
-        inputs: float32 (examples, features), or images (examples, channels, height, width) in [0, 1].
-        targets: int64 classes, or float32 values.
-        task: "classification" or "regression".
-        classes: names of the classes.
-        features: names of the features, empty for images.
-    """
-
-    inputs: np.ndarray
-    targets: np.ndarray
-    task: str
-    classes: tuple[str, ...] = ()
-    features: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,33 +11,24 @@ import math
 import statistics
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..lab.study import Case, Condition, Seed, Study
+from ..lab.study import Condition, Seed, Study
 from ..lab.trial import Trial, TrialResult
 from ..tuning import HOAG, MAID, CertifiedProblem, FixedArmijo, FixedStep, InnerSolverError, LinearSolverError
 from ..tuning.inexact_tuner import InexactTuner
 from .problems.bilevel_reference import Reference, denoising_reference, first_step_size, search_by_tpe
 from .problems.decoupled_quadratic import DecoupledQuadratic
-from .problems.log_cosh import LogCosh
+from .problems.maid_certificates import all_certificates, bound_cases, descent_cases
+from .problems.maid_figures import figures
+from .problems.maid_grid import finite, grid_of, summary
 from .problems.variational_denoising import VariationalDenoising, photographs
 from .problems.weighted_logistic import WeightedLogistic
 
-if TYPE_CHECKING:
-    from ..lab.study import Figure
-
-ACCURACIES = (1e1, 1e-1, 1e-3, 1e-5)
-STEP_SIZES = (1e-2, 1e-1, 1.0, 1e1, 1e2)
-"""In multiples of 1 / |z_0|_inf; for HOAG in multiples of its own first step size."""
-GRID = tuple((eps, size) for eps in ACCURACIES for size in STEP_SIZES)
-CONDITIONS = (10.0, 30.0, 100.0)
 CLAIMED_CONDITION = 30.0
-GAP, COST_GAP = 0.05, 5e-3
-"""Relative gaps that count as success, and that the cost on the quadratic problem is counted to."""
-EXACT_STEPS = 4
-"""Outer steps of each run that is held against closed forms."""
+COST_GAP = 5e-3
+"""Relative gap that the cost on the quadratic problem is counted to."""
 OUTER_STEPS = 400
 """Largest number of outer steps on the quadratic problem, where a coarse accuracy makes them nearly free."""
 
@@ -82,12 +73,6 @@ def run(trial: Trial) -> TrialResult:
     )
 
 
-def _grid(trial: Trial) -> list[tuple[int, float, float]]:
-    """Settings that this trial runs, with their numbers: all of them but at smoke scale."""
-    every = int(trial.settings.get("every", 1))
-    return [(number, *setting) for number, setting in enumerate(GRID) if number % every == 0]
-
-
 # ── denoising ─────────────────────────────────────────────────────────────────────────────────────────────────────
 @lru_cache(maxsize=4)
 def _denoising_problem(seed: int, size: int) -> tuple[VariationalDenoising, Reference]:
@@ -105,14 +90,14 @@ def _denoising(trial: Trial) -> TrialResult:
         metrics = {**base, "f_end": found.f, "units": float(found.units), "gap": reference.gap(found.f)}
         return TrialResult(metrics | ({"psnr": problem.fresh_psnr(found.raw)} if testing else {}))
     losses, psnrs = [], []
-    for _, eps, size in _grid(trial):
+    for _, eps, size in grid_of(trial):
         tuner = make_tuner(str(settings["method"]), problem.levels(), eps, size, reference.natural)
         advance(tuner, float(settings["budget"]))
         u, x = last_accepted(tuner)
-        losses.append(_finite(problem.f(u, start=x), reference.f_start))
+        losses.append(finite(problem.f(u, start=x), reference.f_start))
         if testing:
             psnrs.append(problem.fresh_psnr(u))
-    metrics = {**base, **_spread(trial, losses, reference)}
+    metrics = {**base, **summary(trial, losses, reference)}
     if psnrs:
         metrics |= {"psnr": statistics.fmean(psnrs), "psnr_worst": min(psnrs), "psnr_best": max(psnrs)}
     return TrialResult(metrics, {"loss": losses, "gap": [reference.gap(f) for f in losses]})
@@ -129,16 +114,16 @@ def _logistic_problem(seed: int) -> tuple[WeightedLogistic, float, float]:
 def _logistic(trial: Trial) -> TrialResult:
     problem, f_start, natural = _logistic_problem(trial.seed)
     losses, tests, accuracies = [], [], []
-    for _, eps, size in _grid(trial):
+    for _, eps, size in grid_of(trial):
         tuner = make_tuner(str(trial.settings["method"]), problem.levels(), eps, size, natural)
         advance(tuner, float(trial.settings["budget"]))
         f, w = problem.f(*last_accepted(tuner))
-        losses.append(_finite(f, f_start))
+        losses.append(finite(f, f_start))
         if trial.phase == "evaluate":
             found = problem.test_metrics(w)
             tests.append(found["loss"])
             accuracies.append(found["accuracy"])
-    metrics = {"f_start": f_start, **_spread(trial, losses, None)}
+    metrics = {"f_start": f_start, **summary(trial, losses, None)}
     if tests:
         metrics |= {"test_loss": statistics.fmean(tests), "accuracy": statistics.fmean(accuracies)}
         metrics |= {"accuracy_worst": min(accuracies), "accuracy_best": max(accuracies)}
@@ -152,7 +137,7 @@ def _quadratic(trial: Trial) -> TrialResult:
     natural = first_step_size(problem.levels())
     costs = [
         cost_to_gap(problem, make_tuner(method, problem.levels(), eps, size, natural), budget)
-        for _, eps, size in _grid(trial)
+        for _, eps, size in grid_of(trial)
     ]
     metrics = {"reached": statistics.fmean(cost < budget for cost in costs), "cost_median": statistics.median(costs)}
     metrics |= {"cost_least": min(costs), "cost_most": max(costs)}
@@ -161,7 +146,7 @@ def _quadratic(trial: Trial) -> TrialResult:
         metrics["claimed_cost"] = cost_to_gap(problem, tuner, budget)
     if method == "maid":
         metrics["claimed_cost"] = cost_to_gap(problem, MAID(problem.levels(), 0.1, 0.1, 1.0), budget)
-        metrics |= _all_certificates(trial)
+        metrics |= all_certificates(trial)
     return TrialResult(metrics, {"cost": costs})
 
 
@@ -179,125 +164,6 @@ def cost_to_gap(problem: DecoupledQuadratic, tuner: InexactTuner, budget: float)
         if tuner.status != "running":
             return budget
     return budget
-
-
-def _all_certificates(trial: Trial) -> dict[str, float]:
-    """The exact claims in the full product: conditions x settings x both test modes; the cases are a part of it."""
-    steps, worst, bound = 0, 0.0, 0.0
-    for condition in CONDITIONS:
-        problem = DecoupledQuadratic(trial.seed, condition)
-        natural = first_step_size(problem.levels())
-        for _, eps, size in _grid(trial):
-            for checked in (True, False):
-                found = certificates(problem, eps, size * natural, checked)
-                steps += found.steps
-                worst, bound = max(worst, found.descent / found.f_start), max(bound, found.bound)
-    return {"certified_steps": float(steps), "descent_excess": worst, "bound_excess": bound}
-
-
-# ── summaries ─────────────────────────────────────────────────────────────────────────────────────────────────────
-def _finite(loss: float, otherwise: float) -> float:
-    return loss if math.isfinite(loss) else otherwise
-
-
-def _spread(trial: Trial, losses: Sequence[float], reference: Reference | None) -> dict[str, float]:
-    """What the final losses over the grid say; by setting, and by first accuracy."""
-    logs = [math.log(loss) for loss in losses]
-    found = {
-        "spread": max(logs) - min(logs),
-        "mean_log_loss": statistics.fmean(logs),
-        "median_log_loss": statistics.median(logs),
-        "least_loss": min(losses),
-        "most_loss": max(losses),
-    }
-    if reference is not None:
-        gaps = [reference.gap(loss) for loss in losses]
-        found["success"] = statistics.fmean(gap <= GAP for gap in gaps)
-        for eps in ACCURACIES:
-            part = [gap <= GAP for gap, (_, own, _) in zip(gaps, _grid(trial), strict=True) if own == eps]
-            if part:
-                found[f"success_{eps:g}"] = statistics.fmean(part)
-    return found
-
-
-# ── exact claims ──────────────────────────────────────────────────────────────────────────────────────────────────
-class Certificates:
-    """What a run on a problem with closed forms showed.
-
-    Attributes:
-        steps: accepted steps.
-        descent: largest excess of the exact loss over the certified decrease, in its units.
-        bound: largest excess of the true error of z over omega, relative to omega.
-        slope: largest shortfall of `<z, grad f>` below `eta |z|^2`, relative to |z|^2.
-        f_start: exact loss at the start.
-    """
-
-    def __init__(self, f_start: float) -> None:
-        self.steps, self.descent, self.bound, self.slope, self.f_start = 0, 0.0, 0.0, 0.0, f_start
-
-
-def certificates(
-    problem: DecoupledQuadratic | LogCosh, eps: float, alpha: float, checked: bool, steps: int = EXACT_STEPS
-) -> Certificates:
-    """Run MAID for some steps, and hold every certificate against the closed forms."""
-    tuner = MAID(problem.levels(), eps, eps, alpha, check_descent=checked)
-    before = tuner.u
-    f_before = float(problem.f(before))
-    found = Certificates(f_before)
-    for _ in range(steps):
-        info = tuner.step()
-        if tuner.z is not None and checked and not math.isnan(info.omega):
-            true = problem.gradient(before)
-            error = float((tuner.z - true).norm())
-            found.bound = max(found.bound, (error - info.omega) / max(info.omega, 1e-300))
-            if info.alpha > 0:
-                found.slope = max(found.slope, tuner.eta - float(tuner.z @ true) / info.z_norm**2)
-        if info.alpha > 0:
-            f_after = float(problem.f(tuner.u))
-            found.steps += 1
-            found.descent = max(found.descent, f_after - f_before + tuner.armijo * info.alpha * info.z_norm**2)
-            before, f_before = tuner.u, f_after
-        if tuner.status != "running":
-            break
-    return found
-
-
-@lru_cache(maxsize=1)
-def _exact_runs() -> list[tuple[str, Certificates, bool]]:
-    """Every condition, setting and mode once, on one of the twelve evaluation seeds in turn; then the curved problem."""
-    runs = []
-    number = 0
-    for condition in CONDITIONS:
-        problems = {seed: DecoupledQuadratic(seed, condition) for seed in range(1000, 1012)}
-        naturals = {seed: first_step_size(problem.levels()) for seed, problem in problems.items()}
-        for eps, size in GRID:
-            for checked in (True, False):
-                seed = 1000 + number % 12
-                number += 1
-                name = f"quadratic, condition {condition:g}, eps {eps:g}, step {size:g}, test {'on' if checked else 'off'}, seed {seed}"
-                runs.append((name, certificates(problems[seed], eps, size * naturals[seed], checked), checked))
-    for seed in range(1000, 1012):
-        runs.append((f"log cosh, seed {seed}", certificates(LogCosh(seed), 0.1, 1.0, True), True))
-    return runs
-
-
-def descent_cases() -> list[Case]:
-    """Every accepted step lowers the exact loss by at least armijo alpha |z|^2."""
-    return [
-        Case(name, max(0.0, found.descent), 1e-12 * found.f_start)
-        for name, found, _ in _exact_runs()
-        if name.startswith("quadratic")
-    ]
-
-
-def bound_cases() -> list[Case]:
-    """The error of the hypergradient never exceeds omega; after the test the direction descends."""
-    cases = []
-    for name, found, checked in _exact_runs():
-        if checked:
-            cases.append(Case(f"{name}: error over omega", max(0.0, found.bound), 1e-10))
-            cases.append(Case(f"{name}: eta minus slope over |z|^2", max(0.0, found.slope), 1e-10))
-    return cases
 
 
 # ── claims ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -357,55 +223,6 @@ def logistic_learnable(seeds: Sequence[Seed]) -> list[Condition]:
     arm = "logistic_fixed_step"
     ratio = statistics.fmean(seed[arm]["least_loss"] / seed[arm]["f_start"] for seed in seeds)
     return [Condition("a fixed step's best setting ends at most at 0.7 of the start", ratio, ratio <= 0.7)]
-
-
-# ── figures ───────────────────────────────────────────────────────────────────────────────────────────────────────
-_SHOWN = {
-    "maid": "MAID",
-    "hoag_geometric": "HOAG, geometric",
-    "fixed_step": "fixed step",
-    "fixed_armijo": "fixed accuracy, line search",
-}
-
-
-def figures(run_: Any) -> list[Figure]:
-    """How many settings reach the optimum, by first accuracy and by gap; final losses of all settings in order."""
-    from ..lab.figures import line_plot
-    from ..lab.study import Figure
-
-    def curves(problem: str, name: str) -> dict[str, list[list[float]]]:
-        found = {label: run_.arms[f"{problem}_{arm}"].curves(name) for arm, label in _SHOWN.items()}
-        return {label: seeds for label, seeds in found.items() if seeds}
-
-    drawn: list[Figure] = []
-    shares: dict[str, tuple[Sequence[float], list[list[float]]]] = {}
-    for arm, label in _SHOWN.items():
-        by_eps = {eps: run_.arms[f"denoising_{arm}"].metric(f"success_{eps:g}", {}) for eps in ACCURACIES}
-        kept = {eps: values for eps, values in sorted(by_eps.items()) if values}
-        if kept:
-            shares[label] = (list(kept), [list(row) for row in zip(*kept.values(), strict=True)])
-    if shares:
-        svg = line_plot(
-            shares, "first accuracy", "share of step sizes", "Settings that reach the optimum, by accuracy", log_x=True
-        )
-        caption = (
-            "Denoising: share of the five first step sizes that end within 5 % of the way to the optimum. A fixed accuracy "
-            "with the same line search is as good as MAID where it is fine enough; MAID does not have to know it."
-        )
-        drawn.append(Figure("Which accuracy must one know?", caption, svg))
-    for problem, title, y_label in (
-        ("denoising", "Final losses of all settings: denoising", "upper loss"),
-        ("logistic", "Final losses of all settings: 650 hyperparameters", "validation cross-entropy"),
-    ):
-        found = {
-            label: (range(1, 1 + len(seeds[0])), [sorted(losses) for losses in seeds])
-            for label, seeds in curves(problem, "loss").items()
-        }
-        if found:
-            svg = line_plot(found, "settings, from best to worst", y_label, title)
-            caption = "Each line orders the settings of one method by their final loss: flat means that the choice does not matter."
-            drawn.append(Figure(title, caption, svg))
-    return drawn
 
 
 STUDY = Study(

@@ -17,23 +17,14 @@ from torch.optim import Optimizer
 from ..bilevel import BilevelProblem
 from ..numerics import conjugate_gradient, flatten, unflatten
 from ..step import DivergenceError
-from ..tuner import StepInfo, Tuner
-from .bilevel_updates import (
-    Schedule,
-    linear_system_step,
-    project_to_ball,
-    refinement_step_sizes,
-    schedule_factor,
-    schedule_position,
-)
+from ..tuner import StepInfo
+from .bilevel_updates import Schedule, linear_system_step, project_to_ball, refinement_step_sizes
 from .normalized_momentum import EPS, Mode, apply_step, check_beta, joint_norm, momentum_average, step_factor
-from .oracles import Oracles, check_disjoint, check_positive
-
-_RECORDED = 16
-"""Hyperparameters of more numbers (sample weights, encoders) are not copied into the history at every step."""
+from .oracle_tuner import ScheduledTuner
+from .oracles import check_positive
 
 
-class BOREP(Tuner):
+class BOREP(ScheduledTuner):
     """BO-REP, bilevel optimization with initialization refinement and periodic updates (arXiv 2401.09587).
 
     Lower level y (the network's parameters), linear system z, upper level x (the hyperparameters' unconstrained
@@ -98,8 +89,6 @@ class BOREP(Tuner):
         True
     """
 
-    requires = frozenset({"double_backward", "inner_derivative"})
-
     def __init__(
         self,
         problem: BilevelProblem,
@@ -144,20 +133,15 @@ class BOREP(Tuner):
             raise ValueError(f"{owner}: schedule must be None, 'cosine' or a function, got {schedule!r}")
         if linear_solver == "cg" and independent:
             raise ValueError(f"{owner}: linear_solver 'cg' solves one problem, got independent={independent}")
-        super().__init__(problem)
-        check_disjoint(problem, owner)
-        self.outer_lr, self.inner_lr, self.z_lr, self.beta = outer_lr, inner_lr, z_lr, beta
+        super().__init__(problem, outer_lr, schedule, total_steps, accumulate)
+        self.inner_lr, self.z_lr, self.beta = inner_lr, z_lr, beta
         self.period, self.inner_steps, self.refine_steps, self.radius = period, inner_steps, refine_steps, radius
         self.mode: Mode = mode
         self.order, self.linear_solver, self.cg_steps = order, linear_solver, cg_steps
-        self.schedule, self.total_steps = schedule, total_steps
         self.reuse_batch, self.clip, self.eps, self.independent = reuse_batch, clip, eps, independent
-        self.oracles = Oracles(problem, accumulate)
-        self.params = list(problem.params.values())
         self.inner_optimizer = None if inner_optimizer is None else inner_optimizer(self.params)
         self.z = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.params]
         self.momentum = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in self.upper]
-        self.number = 0
         self.refined = refine_steps == 0
 
     @property
@@ -202,7 +186,7 @@ class BOREP(Tuner):
         return StepInfo(
             inner_loss,
             float(outer_loss),
-            {n: float(v) if v.ndim == 0 else v.cpu() for n, v in self._small_values().items()},
+            self.small_values(),
             {
                 "hypergrad_norm": float(norm.mean()),
                 "z_residual": float(residual.mean()),
@@ -210,15 +194,9 @@ class BOREP(Tuner):
             },
         )
 
-    def run(self, train: Iterable[Any], validation: Iterable[Any], steps: int) -> list[StepInfo]:
-        if self.schedule == "cosine" and self.total_steps is None:
-            self.total_steps = self.number + steps
-        return super().run(train, validation, steps)
-
     def _move_upper(self) -> None:
         norm = joint_norm(self.momentum, self.independent)
-        position = schedule_position(self.problem, self.schedule, self.number, self.total_steps)
-        lr = self.outer_lr * schedule_factor(self.schedule, *position)
+        lr = self.scheduled_lr()
         apply_step(self.upper, self.momentum, lr * step_factor(norm, self.mode, self.clip, self.eps))
 
     def _move_inner(self, train: Iterator[Any]) -> float | None:
@@ -276,9 +254,6 @@ class BOREP(Tuner):
         if result.status == "not_finite":
             return self.z, products[0]
         return unflatten(result.solution, self.z), products[0]
-
-    def _small_values(self) -> dict[str, Tensor]:
-        return {n: h().detach() for n, h in self.problem.hypers.items() if h.raw.numel() <= _RECORDED}
 
     def _refuse(self, **oracles: list[Tensor]) -> None:
         owner = type(self).__name__

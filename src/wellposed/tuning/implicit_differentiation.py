@@ -12,12 +12,13 @@ from torch.optim import SGD, Optimizer
 from ..bilevel import BilevelProblem
 from ..numerics import conjugate_gradient, flatten, unflatten
 from ..step import DivergenceError
-from ..tuner import StepInfo, Tuner
-from .oracles import Oracles, check_disjoint, check_positive
+from ..tuner import StepInfo
+from .oracle_tuner import OracleTuner
+from .oracles import Oracles, check_positive
 from .outer_optimizer import OuterOptimizer
 
 
-class ImplicitDifferentiation(Tuner):
+class ImplicitDifferentiation(OracleTuner):
     """Approximate implicit differentiation by conjugate gradients (Pedregosa 2016, arXiv 1602.02355; Lorraine et al. 2020).
 
     A step trains for `inner_steps` steps, then solves, on `batches` training batches that stay fixed for the solve,
@@ -59,8 +60,6 @@ class ImplicitDifferentiation(Tuner):
         True
     """
 
-    requires = frozenset({"double_backward", "inner_derivative"})
-
     def __init__(
         self,
         problem: BilevelProblem,
@@ -83,16 +82,14 @@ class ImplicitDifferentiation(Tuner):
         if not tol >= 0 or not damping >= 0:
             raise ValueError(f"{owner}: tol and damping must be >= 0, got {tol} and {damping}")
         super().__init__(problem)
-        check_disjoint(problem, owner)
         self.inner_steps, self.cg_steps, self.tol, self.damping = inner_steps, cg_steps, tol, damping
-        self.params = list(problem.params.values())
         self.inner: Optimizer = (
             SGD(self.params, lr=inner_lr, momentum=0.9)
             if inner_optimizer is None
             else inner_optimizer(self.params, lr=inner_lr)
         )
         self.outer = OuterOptimizer(problem, outer_lr, outer_optimizer, clip, owner)
-        self.oracles, self.system = Oracles(problem), Oracles(problem, batches)
+        self.system = Oracles(problem, batches)
         self.z = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.params]
         self.number = 0
 
@@ -114,7 +111,7 @@ class ImplicitDifferentiation(Tuner):
         norm = self.outer.step(list(torch._foreach_sub(by_raw, mixed)))
         self.number += 1
         extra = {"hypergrad_norm": norm, "z_residual": relative}
-        return StepInfo(inner_loss, float(outer_loss), self.outer.small_values(), extra)
+        return StepInfo(inner_loss, float(outer_loss), self.small_values(), extra)
 
     def _solve(self, fixed: Iterable[Any], right_side: list[Tensor]) -> float:
         """Move z towards the solution on fixed batches; the residual that is left, relative to the right side."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch.autograd.forward_ad as forward_ad
@@ -44,6 +45,40 @@ class Linearization:
         finally:
             level, self._level = self._level, None
             level.__exit__(None, None, None)
+
+
+@contextmanager
+def explained_forward_mode(owner: str) -> Iterator[None]:
+    """Inside the block, an operation without forward-mode derivative raises an error that says what to do.
+
+    The hooks cannot do this: what a network raises passes them by. So the block belongs where the network is evaluated.
+
+    Args:
+        owner: named in the error.
+
+    Raises:
+        NotImplementedError: with the operation as PyTorch names it.
+
+    Example:
+        >>> import torch
+        >>> with explained_forward_mode("SelfTuner"), forward_ad.dual_level():
+        ...     a = forward_ad.make_dual(torch.ones(2, 2), torch.ones(2, 2))
+        ...     torch.cdist(a, a)
+        Traceback (most recent call last):
+        NotImplementedError: SelfTuner: linearize=True needs the forward-mode derivative of every operation ...
+    """
+    try:
+        yield
+    except NotImplementedError as error:
+        words = str(error)
+        if "forward AD" not in words and "forward mode AD" not in words:
+            raise
+        raise NotImplementedError(
+            f"{owner}: linearize=True needs the forward-mode derivative of every operation in the network, and PyTorch "
+            f"says: {words.splitlines()[0].rstrip('.')}. Pass linearize=False; or, if the operation is a fused attention, "
+            "train inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or load the model of transformers with "
+            "attn_implementation='eager'"
+        ) from error
 
 
 def linearized_affine(

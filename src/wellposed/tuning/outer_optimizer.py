@@ -14,8 +14,6 @@ from ..numerics import global_norm
 from ..step import DivergenceError
 from .oracles import check_positive
 
-_RECORDED = 16
-
 
 class OuterOptimizer:
     """Moves `h.raw` of every hyperparameter, in place, by an optimizer that is handed the hypergradient.
@@ -50,7 +48,7 @@ class OuterOptimizer:
     ) -> None:
         check_positive(owner, "outer_lr", lr)
         check_positive(owner, "clip", clip)
-        self.problem, self.clip, self.owner = problem, clip, owner
+        self.clip, self.owner = clip, owner
         self.raws = [h.raw for h in problem.hypers.values()]
         self.optimizer = Adam(self.raws, lr=lr, betas=(0.9, 0.99)) if make is None else make(self.raws, lr=lr)
 
@@ -67,11 +65,6 @@ class OuterOptimizer:
         for raw in self.raws:
             raw.grad = None  # a buffer with a gradient would surprise whoever copies the module
         return norm
-
-    def small_values(self) -> dict[str, float | Tensor]:
-        """Constrained values for a history; those of more than a few numbers are left out."""
-        small = {n: h().detach() for n, h in self.problem.hypers.items() if h.raw.numel() <= _RECORDED}
-        return {n: float(v) if v.ndim == 0 else v.cpu() for n, v in small.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state."""

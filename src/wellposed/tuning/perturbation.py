@@ -1,4 +1,4 @@
-"""Random hyperparameters around the present ones: the flat vector u, its perturbations, and their entropy."""
+"""Random hyperparameters around the present ones: the flat vector u, its perturbations, their scales and entropy."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ def perturbation_entropy(scale: Float[Tensor, "*n"]) -> Float[Tensor, ""]:
     """
     wide = scale.float() if scale.dtype in (torch.float16, torch.bfloat16) else scale
     return wide.log().sum() + scale.numel() * LOG_ROOT_TWO_PI_E
+
+
+def inverse_softplus(value: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """The number whose softplus is `value`, > 0.
+
+    Example:
+        >>> torch.nn.functional.softplus(inverse_softplus(torch.tensor(0.5)))
+        tensor(0.5000)
+    """
+    return value + torch.log(-torch.expm1(-value))
 
 
 class Perturbations:
@@ -87,4 +97,24 @@ class Perturbations:
         for name, h in self.hypers.items():
             part = raw[:, self.slices[name]] if h.per_example else raw[0, self.slices[name]]
             found[name] = part.reshape(len(raw), *h.raw.shape) if h.per_example else part.reshape(h.raw.shape)
+        return found
+
+    def scales(self, scale: float | Mapping[str, float], owner: str) -> Float[Tensor, " n"]:
+        """Standard deviations as a vector.
+
+        Args:
+            scale: one number for all hyperparameters, or one by name.
+            owner: named in errors.
+
+        Raises:
+            ValueError: unless every hyperparameter has one that is > 0 and finite.
+        """
+        named = dict.fromkeys(self.hypers, scale) if not isinstance(scale, Mapping) else dict(scale)
+        if set(named) != set(self.hypers):
+            raise ValueError(f"{owner}: scale must name all of {sorted(self.hypers)}, got {sorted(named)}")
+        found = torch.empty(self.size)
+        for name, value in named.items():
+            if not 0 < value < math.inf:  # type: ignore[operator]
+                raise ValueError(f"{owner}: scale must be > 0 and finite, got {value} for {name!r}")
+            found[self.slices[name]] = float(value)  # type: ignore[arg-type]
         return found

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..batching import as_batch, batch_size, unwrap
+from ..batching import unwrap
 from ..bilevel import BilevelProblem
-from ..hyperparameter import Hyperparameter, substituted
-from ..loading import distributed, rank
+from ..hyperparameter import substituted
 from ..parameters import apply_lr_factors, clip_gradients, parameter_groups
-from ..regularizer import Regularizer, leaves
 from ..step import copied_buffers
 from ..training_objective import bare
 from ..tuner import STATE_HOOKS, StepInfo, Tuner
 from .batch_level import check_penalties, for_the_batch
+from .batch_share import average_gradients, count_examples, places_in_whole_batch
 from .bilevel_updates import averaged_over_ranks
 from .conversion import collapse, convert, is_converted, response_parameters, response_state
-from .perturbation import Perturbations, perturbation_entropy
-from .response_input import ResponseState
+from .linearization import explained_forward_mode
+from .perturbation import Perturbations, inverse_softplus, perturbation_entropy
 from .schedule import Schedule
+from .self_tuning_checks import acts_on_gradients, check_arguments, has_statistics
 
 MakeOptimizer = Callable[[Any], Optimizer]
 
@@ -82,6 +80,7 @@ class SelfTuner(Tuner):
         ValueError: for an argument out of range; for a model that cannot be converted; in the first step if a
             hyperparameter with `per_example=True` is read for a whole batch; in several processes for a method that acts
             in `on_gradients`, whose re-evaluations see one process's share alone.
+        NotImplementedError: with `linearize`, in the first step, for an operation without forward-mode derivative.
 
     Example:
         >>> from wellposed import fit
@@ -120,14 +119,8 @@ class SelfTuner(Tuner):
         generator: torch.Generator | None = None,
         seed: int = 0,
     ) -> None:
-        _check(locals())
-        methods = [] if problem.regularizer is None else leaves([problem.regularizer])
-        hooked = [type(m).__name__ for m in methods if type(m).on_gradients is not Regularizer.on_gradients]
-        if hooked and distributed():
-            raise ValueError(
-                f"SelfTuner: data parallelism is not supported for {hooked[0]}, which acts in 'on_gradients': what it "
-                "evaluates there is one process's share of the batch; train in one process"
-            )
+        check_arguments(locals())
+        self._hooked = acts_on_gradients(problem)
         self.generator = torch.Generator().manual_seed(seed) if generator is None else generator
         if not is_converted(problem.model):
             convert(problem.model, problem.hypers, exclude, strict, delta=delta, generator=self.generator)
@@ -148,17 +141,11 @@ class SelfTuner(Tuner):
         responding = set(response_parameters(problem.model))
         self._responding = [p for n, p in problem.params.items() if n in responding]
         self._general = [p for n, p in problem.params.items() if n not in responding]
-        own = {
-            id(b)
-            for m in problem.model.modules()
-            if isinstance(m, (ResponseState, Hyperparameter))
-            for b in m.buffers()
-        }
-        self._has_statistics = any(id(b) not in own for b in problem.model.buffers())
+        self._has_statistics = has_statistics(problem.model)
         first = next(iter(problem.params.values()))
         self._device, self._dtype = first.device, first.dtype
         self.u = self.perturbations.vector().to(self._device, torch.promote_types(self._dtype, torch.float32))
-        self.log_scale = _inverse_softplus(self._initial_scales(scale)).to(self.u)
+        self.log_scale = inverse_softplus(self.perturbations.scales(scale, "SelfTuner")).to(self.u)
         for leaf in (self.u, self.log_scale):
             leaf.requires_grad_()
         if not delta:
@@ -167,9 +154,7 @@ class SelfTuner(Tuner):
         self.weight_optimizer = self._build(weight_optimizer or partial(torch.optim.SGD, lr=0.01, momentum=0.9))
         self.hyper_optimizer = make_hyper([self.u])
         self.scale_optimizer = (scale_optimizer or make_hyper)([self.log_scale])
-        self.trained = 0
-        self._checked = False
-        self._hooked = bool(hooked)
+        self.trained, self._checked = 0, False
         self.schedule = Schedule()
         self.schedule.record(0, self.recorded_values())
 
@@ -211,7 +196,7 @@ class SelfTuner(Tuner):
             k = self._input(u + noise - self.response.reference)
             loss = self._phase(batch, perturbed, k, False, keep=None)
             in_hooks = for_the_batch(perturbed, problem.hypers, "on_step")
-        loss = self._average_gradients(loss)
+        loss = average_gradients(problem.params.values(), loss)
         if self.clip_norm is not None:
             clip_gradients(problem.model, self.clip_norm)
         self.weight_optimizer.step()
@@ -285,8 +270,9 @@ class SelfTuner(Tuner):
             for parameter in resting:
                 parameter.requires_grad_(False)
             at_k = nullcontext() if k is None else self.response.at(k, linearized)
+            explained = explained_forward_mode("SelfTuner") if linearized else nullcontext()
             try:
-                with at_k, self._autocast(), copied_buffers(problem.model) if foreign else nullcontext():
+                with explained, at_k, self._autocast(), copied_buffers(problem.model) if foreign else nullcontext():
                     loss = problem.evaluate(problem.inner_loss, problem.params, raw, batch)
                     if not self._checked:
                         check_penalties(problem, raw)
@@ -311,19 +297,9 @@ class SelfTuner(Tuner):
         """Standard normal numbers for as many examples as a batch holds."""
         if not self.perturbations.per_example:
             return self.perturbations.draw(1, self.generator).to(self.u)
-        before, rows, after = _places_in_whole_batch(_examples(batch), self._device)
+        before, rows, after = places_in_whole_batch(count_examples(batch, "SelfTuner"), self._device)
         whole = self.perturbations.draw(before + rows + after, self.generator)
         return whole[before : before + rows].to(self.u)
-
-    def _average_gradients(self, loss: Tensor) -> Tensor:
-        """Average the gradients of all parameters, and the loss, over the processes that share the batch."""
-        if not distributed():
-            return loss
-        held = [p for p in self.problem.params.values() if p.grad is not None]
-        *gradients, loss = averaged_over_ranks([*(p.grad for p in held if p.grad is not None), loss])
-        for parameter, gradient in zip(held, gradients, strict=True):
-            parameter.grad = gradient
-        return loss
 
     def _input(self, k: Tensor) -> Tensor:
         return k.to(self._dtype)
@@ -351,57 +327,3 @@ class SelfTuner(Tuner):
 
     def _optimizers(self) -> list[Optimizer]:
         return [self.weight_optimizer, self.hyper_optimizer, self.scale_optimizer]
-
-    def _initial_scales(self, scale: float | Mapping[str, float]) -> Tensor:
-        named = dict.fromkeys(self.problem.hypers, scale) if not isinstance(scale, Mapping) else dict(scale)
-        if set(named) != set(self.problem.hypers):
-            raise ValueError(f"SelfTuner: scale must name all of {sorted(self.problem.hypers)}, got {sorted(named)}")
-        found = torch.empty(self.perturbations.size)
-        for name, value in named.items():
-            if not 0 < value < math.inf:  # type: ignore[operator]
-                raise ValueError(f"SelfTuner: scale must be > 0 and finite, got {value} for {name!r}")
-            found[self.perturbations.slices[name]] = float(value)  # type: ignore[arg-type]
-        return found
-
-
-def _inverse_softplus(value: Tensor) -> Tensor:
-    return value + torch.log(-torch.expm1(-value))
-
-
-def _places_in_whole_batch(rows: int, device: torch.device) -> tuple[int, int, int]:
-    """How many examples other processes hold before this one's, how many it holds, and how many come after."""
-    if not distributed():
-        return 0, rows, 0
-    mine = torch.tensor([rows], device=device)
-    found = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, mine)
-    sizes = [int(size) for size in found]
-    return sum(sizes[: rank()]), rows, sum(sizes[rank() + 1 :])
-
-
-def _examples(batch: Any) -> int:
-    """Examples of a batch.
-
-    Raises:
-        ValueError: for a batch that does not tell.
-    """
-    try:
-        return batch_size(as_batch(batch))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            "SelfTuner: hyperparameters with per_example=True need batches of (inputs, targets), a dict or a Batch, "
-            f"got {type(batch).__name__}"
-        ) from error
-
-
-def _check(arguments: Mapping[str, Any]) -> None:
-    for name, least in (("train_steps", 1), ("valid_steps", 1), ("warmup_steps", 0)):
-        value = arguments[name]
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"SelfTuner: {name} must be an integer >= {least}, got {value!r}")
-    if not 0 <= arguments["tau"] < math.inf:
-        raise ValueError(f"SelfTuner: tau must be >= 0 and finite, got {arguments['tau']!r}")
-    if arguments["clip_norm"] is not None and not arguments["clip_norm"] > 0:
-        raise ValueError(f"SelfTuner: clip_norm must be > 0, got {arguments['clip_norm']!r}")
-    if arguments["amp"] not in (None, torch.bfloat16):
-        raise ValueError(f"SelfTuner: amp must be None or torch.bfloat16, got {arguments['amp']!r}")

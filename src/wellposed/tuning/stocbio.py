@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ..bilevel import BilevelProblem
 from ..step import DivergenceError
-from ..tuner import StepInfo, Tuner
-from .bilevel_updates import Schedule, schedule_factor, schedule_position
+from ..tuner import StepInfo
+from .bilevel_updates import Schedule
 from .normalized_momentum import apply_step, joint_norm
-from .oracles import Oracles, check_disjoint, check_positive
+from .oracle_tuner import ScheduledTuner
+from .oracles import check_positive
 
 
-class StocBiO(Tuner):
+class StocBiO(ScheduledTuner):
     """StocBiO (Ji, Yang and Liang 2021, arXiv 2010.07962): `inner_steps` lower steps, then one upper step.
 
         v = lr_n sum_{q = 0..Q} (I - lr_n H_q) ... (I - lr_n H_1) grad_y f,       x = x - outer_lr (grad_x f - J v)
@@ -51,8 +52,6 @@ class StocBiO(Tuner):
         True
     """
 
-    requires = frozenset({"double_backward", "inner_derivative"})
-
     def __init__(
         self,
         problem: BilevelProblem,
@@ -72,14 +71,9 @@ class StocBiO(Tuner):
             raise ValueError(
                 f"StocBiO: inner_steps must be >= 1 and neumann_steps >= 0, got {inner_steps} and {neumann_steps}"
             )
-        super().__init__(problem)
-        check_disjoint(problem, "StocBiO")
-        self.outer_lr, self.inner_lr, self.neumann_lr = outer_lr, inner_lr, neumann_lr
+        super().__init__(problem, outer_lr, schedule, total_steps)
+        self.inner_lr, self.neumann_lr, self.independent = inner_lr, neumann_lr, independent
         self.inner_steps, self.neumann_steps = inner_steps, neumann_steps
-        self.schedule, self.total_steps, self.independent = schedule, total_steps, independent
-        self.oracles = Oracles(problem)
-        self.params = list(problem.params.values())
-        self.number = 0
 
     @torch.no_grad()
     def step(self, train: Iterator[Any], validation: Iterator[Any]) -> StepInfo:
@@ -98,9 +92,7 @@ class StocBiO(Tuner):
                 f"StocBiO: the hypergradient is not finite at step {self.number}; lower inner_lr ({self.inner_lr}), "
                 f"neumann_lr ({self.neumann_lr}) or outer_lr ({self.outer_lr})"
             )
-        position = schedule_position(self.problem, self.schedule, self.number, self.total_steps)
-        lr = self.outer_lr * schedule_factor(self.schedule, *position)
-        apply_step([h.raw for h in self.problem.hypers.values()], hypergradient, lr)
+        apply_step([h.raw for h in self.problem.hypers.values()], hypergradient, self.scheduled_lr())
         self.number += 1
         values = {n: float(h()) for n, h in self.problem.hypers.items() if h.raw.ndim == 0}
         return StepInfo(inner_loss, float(outer_loss), {**values}, {"hypergrad_norm": float(norm.mean())})
@@ -113,11 +105,6 @@ class StocBiO(Tuner):
             term = list(torch._foreach_add(term, product, alpha=-self.neumann_lr))
             total = list(torch._foreach_add(total, term))
         return list(torch._foreach_mul(total, self.neumann_lr))
-
-    def run(self, train: Iterable[Any], validation: Iterable[Any], steps: int) -> list[StepInfo]:
-        if self.schedule == "cosine" and self.total_steps is None:
-            self.total_steps = self.number + steps
-        return super().run(train, validation, steps)
 
     def extra_state(self) -> dict[str, Any]:
         return {"number": self.number, "total_steps": self.total_steps}

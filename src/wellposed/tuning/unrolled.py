@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..bilevel import BilevelProblem
-from ..tuner import StepInfo, Tuner
-from .oracles import Oracles, check_disjoint, check_positive
+from ..tuner import StepInfo
+from .oracle_tuner import OracleTuner
+from .oracles import check_positive
 from .outer_optimizer import OuterOptimizer
 
 
-class OneStepUnrolled(Tuner):
+class OneStepUnrolled(OracleTuner):
     """The hypergradient through one SGD step, the usual first try (Luketina et al. 2016, arXiv 1511.06727; DARTS).
 
         w' = w - inner_lr grad_w g(w, u),     d/du f(w'(u), u) = grad_u f - inner_lr grad_u <grad_w g(w, u), grad_w f(w')>
@@ -47,8 +48,6 @@ class OneStepUnrolled(Tuner):
         True
     """
 
-    requires = frozenset({"double_backward", "inner_derivative"})
-
     def __init__(
         self,
         problem: BilevelProblem,
@@ -59,11 +58,8 @@ class OneStepUnrolled(Tuner):
     ) -> None:
         check_positive("OneStepUnrolled", "inner_lr", inner_lr)
         super().__init__(problem)
-        check_disjoint(problem, "OneStepUnrolled")
         self.inner_lr = inner_lr
         self.outer = OuterOptimizer(problem, outer_lr, outer_optimizer, clip, "OneStepUnrolled")
-        self.oracles = Oracles(problem)
-        self.params = list(problem.params.values())
 
     @torch.no_grad()
     def step(self, train: Iterator[Any], validation: Iterator[Any]) -> StepInfo:
@@ -79,9 +75,7 @@ class OneStepUnrolled(Tuner):
         self.problem.on_step()
         hypergradient = list(torch._foreach_add(by_raw, mixed, alpha=-self.inner_lr))
         norm = self.outer.step(hypergradient)
-        return StepInfo(
-            float(inner_loss), float(outer_loss), self.outer.small_values(), {"hypergrad_norm": norm}
-        )  # fmt: skip
+        return StepInfo(float(inner_loss), float(outer_loss), self.small_values(), {"hypergrad_norm": norm})
 
     def _put(self, values: Iterable[Tensor]) -> None:
         torch._foreach_copy_(self.params, list(values))
