@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import config
 
+from wellposed.gradients import lazy_greedy
 from wellposed.gradients.greedy_medoids import (
     cluster_sizes,
     facility_location,
@@ -113,6 +114,58 @@ def test_groups_in_one_loop_pick_what_each_picks_alone(seed, sizes):
         short, expected = replay(own, picks[group, :budget]) if budget else (np.zeros(1), np.zeros(0))
         assert short.max() <= 1e-9 * max(1.0, float(own.max()))
         np.testing.assert_allclose(gains[group, :budget], expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("d", [1, 2, 30])
+def test_many_candidates_give_the_picks_of_the_plain_loop_bit_for_bit(d, dtype):
+    for seed, n in enumerate((50, 80, 129, 200)):
+        # Few whole numbers: sums are exact in any order, equal rows and equal gains abound.
+        points = torch.randint(0, 4 if d < 30 else 9, (n, d), generator=torch.Generator().manual_seed(seed)).to(dtype)
+        S = pairwise_similarity(points)
+        picks, gains = facility_location(S, n)
+        expected, added, covered, open_ = [], [], None, np.ones(n, bool)
+        for _ in range(n):
+            rows = S.numpy() if covered is None else np.maximum(S.numpy() - covered[:, None], 0)
+            gain = np.where(open_, rows.sum(0), -np.inf)
+            best = int(gain.argmax())
+            expected.append(best)
+            added.append(gain[best])
+            open_[best] = False
+            covered = S.numpy()[:, best] if covered is None else np.maximum(covered, S.numpy()[:, best])
+        assert picks.tolist() == expected and gains.tolist() == added
+
+
+@pytest.mark.parametrize("vecdot", [True, False])
+def test_equal_rows_have_equal_sums_wherever_they_stand(vecdot, monkeypatch):
+    if not vecdot:
+        monkeypatch.delattr(np, "vecdot", raising=False)
+    for n in (1, 7, 31, 64, 129):  # odd lengths: rows start at every alignment
+        rows = np.repeat(problem(n, 1, n).float().numpy(), 37, 0)
+        found = lazy_greedy._row_sums(rows, np.ones(n, np.float32))
+        assert len(set(found.tolist())) == 1
+        np.testing.assert_allclose(found, rows.astype(np.float64).sum(1), rtol=1e-4, atol=1e-4)
+
+
+def test_far_fewer_candidates_are_computed_than_by_the_plain_loop(monkeypatch):
+    rows, added = [], lazy_greedy._added
+    monkeypatch.setattr(lazy_greedy, "_added", lambda own, *rest: (rows.append(len(own)), added(own, *rest))[1])
+    facility_location(pairwise_similarity(problem(0, 256, 40)), 128)
+    assert sum(rows) < 256 * 128 / 4
+
+
+def test_groups_may_have_holes_and_half_precision():
+    S = pairwise_similarity(problem(3, 9, 2))
+    valid = torch.tensor([[True, False, True, True, False, True, True, False, True]])
+    there = valid[0].nonzero()[:, 0]
+    alone, gains = facility_location(S[there][:, there], 4)
+    picks, added = facility_location(S[None], 4, valid)
+    assert picks[0].tolist() == there[alone].tolist() and added[0].tolist() == gains.tolist()
+    half, gains = facility_location(S.to(torch.bfloat16).requires_grad_(), 4)
+    assert (
+        gains.dtype == torch.bfloat16
+        and half.tolist() == facility_location(S.to(torch.bfloat16).float(), 4)[0].tolist()
+    )
 
 
 def test_cluster_sizes_count_the_nearest_pick():

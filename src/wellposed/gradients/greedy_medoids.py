@@ -1,13 +1,16 @@
-"""Facility location: greedy choice of medoids from a similarity matrix, for several groups in one loop."""
+"""Facility location: greedy choice of medoids from a similarity matrix, or from one for each of several groups."""
 
 from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from .lazy_greedy import lazy_greedy
 
 Metric = Literal["l1", "l2", "cosine"]
 METRICS = ("l1", "l2", "cosine")
@@ -46,40 +49,33 @@ def facility_location(
         raise ValueError(
             f"facility_location: similarity must be (n, n) or (groups, n, n), got {tuple(similarity.shape)}"
         )
-    S = similarity if similarity.ndim == 3 else similarity[None]
-    groups, n = S.shape[:2]
-    usable = S.new_ones((groups, n), dtype=torch.bool) if valid is None else valid.reshape(groups, n)
-    # What does not exist needs no one to stand for it. This is a copy in any case: greedy works in place.
-    S = S.masked_fill(~(usable[:, :, None] & usable[:, None, :]), 0.0)
-    if not bool(torch.isfinite(S).all()):
-        raise ValueError("facility_location: similarity must be finite")
-    budgets = torch.as_tensor(budget, device=S.device).expand(groups)
-    sizes = usable.sum(1)
-    if bool((budgets < 0).any()) or bool((budgets > sizes).any()):
-        raise ValueError(
-            f"facility_location: budget must lie in [0, n] of its group, got {budgets.tolist()} of {sizes.tolist()}"
-        )
-    picks, gains = _greedy(S, budgets, usable)
-    return (picks, gains) if similarity.ndim == 3 else (picks[0], gains[0])
+    matrices = _arrays(similarity)
+    groups, n = matrices.shape[:2]
+    members = (
+        [np.arange(n)] * groups
+        if valid is None
+        else [row.nonzero()[0] for row in valid.cpu().reshape(groups, n).numpy()]
+    )
+    sizes = [len(own) for own in members]
+    budgets = [budget] * groups if isinstance(budget, int) else budget.expand(groups).tolist()
+    if any(not 0 <= wanted <= size for wanted, size in zip(budgets, sizes, strict=True)):
+        raise ValueError(f"facility_location: budget must lie in [0, n] of its group, got {budgets} of {sizes}")
+    picks = np.full((groups, max(budgets, default=0)), -1)
+    gains = np.zeros(picks.shape, matrices.dtype)
+    for number, (S, own, size) in enumerate(zip(matrices, members, sizes, strict=True)):
+        # Padding at the end, the usual case, is left out without a copy.
+        leading = size == 0 or own[-1] == size - 1
+        found, added = lazy_greedy(S[:size, :size] if leading else S[:, own][own], budgets[number])
+        picks[number, : len(found)] = found if leading else own[found]
+        gains[number, : len(added)] = added
+    chosen, values = torch.from_numpy(picks).to(similarity.device), torch.from_numpy(gains).to(similarity)
+    return (chosen, values) if similarity.ndim == 3 else (chosen[0], values[0])
 
 
-def _greedy(left: Tensor, budgets: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
-    """`left[i, j]` is what j would add for i: at first S itself, so that a shift of S changes no choice."""
-    groups, n = left.shape[:2]
-    rounds = int(budgets.max()) if groups else 0
-    taken, picks, gains = ~usable, [], []
-    for number in range(rounds):
-        gain, best = left.sum(1).masked_fill_(taken, -torch.inf).max(1)  # the first of equal ones
-        picks.append(best)
-        gains.append(gain)
-        taken.scatter_(1, best[:, None], True)
-        if number + 1 < rounds:
-            # In place and from what is left: the gains stay exact where they are small.
-            left.sub_(left.gather(2, best[:, None, None].expand(-1, n, 1))).clamp_(min=0.0)
-    if not rounds:
-        return torch.empty((groups, 0), dtype=torch.int64, device=left.device), left.new_zeros((groups, 0))
-    acting = torch.arange(rounds, device=left.device) < budgets[:, None]
-    return torch.stack(picks, 1).masked_fill(~acting, -1), torch.stack(gains, 1).masked_fill(~acting, 0.0)
+def _arrays(similarity: Tensor) -> np.ndarray:
+    """(groups, n, n) on the host, in at least single precision."""
+    S = similarity.detach().reshape(-1, *similarity.shape[-2:]).cpu()
+    return (S.float() if S.dtype in (torch.float16, torch.bfloat16) else S).numpy()
 
 
 def pairwise_similarity(
