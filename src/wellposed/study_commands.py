@@ -49,8 +49,11 @@ def run(
         list[str] | None, typer.Option("--set", help="NAME=VALUE for every arm, e.g. epochs=3.")
     ] = None,
     engine: Annotated[
-        StudyEngine, typer.Option(help="loky: processes here; serial: this one; ray: a cluster.")
-    ] = StudyEngine.loky,
+        StudyEngine | None,
+        typer.Option(
+            help="loky: processes here (the default); serial: this one (at smoke scale the default); ray: a cluster."
+        ),
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; one a core by default.")] = None,
     output: Annotated[Path, typer.Option(help="Folder of the studies' trials and pages.")] = STUDIES,
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
@@ -64,13 +67,15 @@ def run(
 
     if scale not in SCALES:
         raise StudyError(f"--scale must be one of {', '.join(SCALES)}, got '{scale}'")
+    # A smoke study is shorter than the start of a worker, unless several were asked for.
+    chosen = engine or (StudyEngine.serial if scale == "smoke" and workers is None else StudyEngine.loky)
     cards = [find_card(slug) for slug in papers]  # a wrong name must fail before the first study runs
     found = [find_study(card.slug, scale) for card in cards]
     console = Console(soft_wrap=False)
     for card, study in zip(cards, found, strict=True):
         options = StudyOptions(
             scale, output / (card.slug if scale == "laptop" else f"{card.slug}-{scale}"), seeds, overrides,
-            workers or default_workers(scale), engine.value, command_line(),
+            workers or (1 if chosen is StudyEngine.serial else default_workers(scale)), chosen.value, command_line(),
         )  # fmt: skip
         print_study_header(card, options, console)
         finished = run_study(study, card, options)

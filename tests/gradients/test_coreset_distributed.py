@@ -1,17 +1,10 @@
 """On two ranks the pool is one: the same examples are chosen, dealt out evenly source by source, and trained on."""
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
+from two_processes import two_processes_and_one
 
 SCRIPT = """
-    import sys
-    import torch
-    import torch.distributed as dist
     from functools import partial
     from torch import nn
     from wellposed import Compose, fit
@@ -21,8 +14,7 @@ SCRIPT = """
     from wellposed.gradients.source_discovery import SourceDiscovery
     from wellposed.objective import cross_entropy
 
-    rank, world, folder, kind = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    torch.set_num_threads(1)
+    kind = arguments[0]
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 9, (128, 6), generator=g)
     lengths = torch.randint(2, 7, (128,), generator=g)
@@ -57,8 +49,6 @@ SCRIPT = """
         def on_batch(self, step):
             self.seen.append((step.index, step.weights))
 
-    if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     torch.manual_seed(0)
     options = {
         "exact": {"parameter": "body.weight"},
@@ -70,29 +60,14 @@ SCRIPT = """
     # In double precision: rounding would break ties of the chosen gains differently.
     model = fit(Model().double(), Pools(), epochs=1, regularizer=Compose(method, record), accumulation=2,
                 optimizer=partial(torch.optim.AdamW, lr=1e-2)).model
-    torch.save((record.seen, source, model.state_dict(), method.get_extra_state()), f"{folder}/{world}-{rank}.pt")
-    if world > 1:
-        dist.destroy_process_group()
+    result = (record.seen, source, model.state_dict(), method.get_extra_state())
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["exact", "zo", "random", "discover"])
 def test_two_ranks_choose_and_train_as_one_process_does(tmp_path, kind):
-    script = tmp_path / "rank.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(world), str(tmp_path), kind],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank, world in ((0, 2), (1, 2), (0, 1))
-    ]  # fmt: skip
-    for run in runs:
-        _, errors = run.communicate(timeout=180)
-        assert run.returncode == 0, errors
-    first, second, single = (torch.load(tmp_path / f"{name}.pt") for name in ("2-0", "2-1", "1-0"))
+    first, second, single = two_processes_and_one(tmp_path, SCRIPT, kind)
     source = single[1]
     for (a, wa), (b, wb), (one, w) in zip(first[0], second[0], single[0], strict=True):
         assert len(one) == 16 and len(a) == len(b) == 8

