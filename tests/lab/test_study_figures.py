@@ -75,3 +75,17 @@ def test_plots_that_are_aligned_have_their_axes_at_the_same_place():
 
     assert axes(short, short) != axes(long, long)
     assert axes(short, short + long) == axes(long, short + long) == axes(long, long)
+
+
+@pytest.mark.parametrize("kind", MARKS)
+def test_labels_fit_left_of_the_axes_in_every_weight(kind):
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    label = "over LoRA, merged after each stage"  # one line of nearly the longest
+    svg = drawn([EstimateRow(label, [1.0], (1.0, 0.5, 1.5), "", kind)])
+    left = float(re.search(r'<rect x="([\d.]+)"', svg)[1])
+    weight = "bold" if "font-weight: 700" in svg else "normal"
+    assert weight == ("bold" if kind in ("above", "below", "method") else "normal")
+    font = FontProperties(family="DejaVu Sans", weight=weight)
+    assert TextPath((0, 0), label, size=9.5, prop=font).get_extents().width + 8 <= left

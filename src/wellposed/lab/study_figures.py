@@ -32,6 +32,8 @@ _NARROW_LINE = 50
 _BELOW = 0.5
 _CHARACTER = 0.073
 """Inches that a character of the row labels takes, on the safe side."""
+_BOLD_WIDTH = 1.15
+"""Width of bold letters beside others."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,9 @@ def _places(rows: Sequence[EstimateRow], narrow: bool) -> tuple[list[float], flo
 
 def _margins(rows: Sequence[EstimateRow], width: float) -> tuple[float, float]:
     """Left and right end of the axes, so that labels and numbers have their room."""
-    label = max(len(line) for row in rows for line in _wrapped(row, False))
+    label = max(
+        len(line) * (_BOLD_WIDTH if row.kind in _BOLD else 1.0) for row in rows for line in _wrapped(row, False)
+    )
     number = max(len(row.numbers) for row in rows)
     return (label * _CHARACTER + 0.2) / width, 1 - (0.2 + number * _CHARACTER) / width
 
