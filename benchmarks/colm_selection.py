@@ -1,8 +1,8 @@
 """Mini-batch coresets: the greedy choice beside submodlib's and apricot's, and what a step costs beside random batches.
 
-Greedy: facility location of 64 from 128 on one matrix, and of 29 from 93 candidates of four sources (CoLM's own case), in
-turn, in one process, on one thread; the value reached stands beside the time. Peers that are not installed are left out:
-`pip install submodlib-py numba`, `pip install apricot-select`.
+Greedy: facility location of 29 from 93 candidates of four sources (CoLM's own case), and of half of 128 and of 512 on one
+matrix, in turn, in one process, on one thread; the value reached stands beside the time. Peers that are not installed are
+left out: `pip install submodlib-py numba`, `pip install apricot-select`.
 
 Step: a causal transformer with an adapter on its last value projection trains on a pool of 128 sequences of ten sources,
 on half of it, or on a coreset. `exact features` and `one direction` are the selection's gradients alone.
@@ -11,6 +11,7 @@ on half of it, or on a coreset. `exact features` and `one direction` are the sel
 import statistics
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -67,29 +68,27 @@ def apricot_picks():
 
 def greedy(pairs):
     generator = torch.Generator().manual_seed(0)
-    one = pairwise_similarity(torch.randn(POOL, 120, generator=generator))
     four = [pairwise_similarity(torch.randn(n, 120, generator=generator)) for n in SIZES]
     longest, valid = max(SIZES), torch.arange(max(SIZES)) < torch.tensor(SIZES)[:, None]
     padded = torch.stack([nn.functional.pad(S, (0, longest - len(S), 0, longest - len(S))) for S in four])
     budgets = torch.tensor(BUDGETS)
-    ways = {
-        "one source": {"wellposed": lambda: [facility_location(one, POOL // 2)[0]]},
-        "four sources": {"wellposed": lambda: list(facility_location(padded, budgets, valid)[0])},
-    }
+    cases = {"four sources": (four, BUDGETS, lambda: list(facility_location(padded, budgets, valid)[0]))}
+    for n in (POOL, 4 * POOL):
+        one = pairwise_similarity(torch.randn(n, 120, generator=generator))
+        cases[f"one source of {n}"] = ([one], [n // 2], lambda one=one, n=n: [facility_location(one, n // 2)[0]])
+    peers = {"apricot": apricot_picks()}
     if (lazy := submodlib_picks()) is not None:
         for optimizer in ("LazyGreedy", "NaiveGreedy"):
-            name = f"submodlib, {optimizer}"
-            ways["one source"][name] = lambda o=optimizer: [lazy(one, POOL // 2, o)]
-            ways["four sources"][name] = lambda o=optimizer: [lazy(S, b, o) for S, b in zip(four, BUDGETS, strict=True)]
-    if (peer := apricot_picks()) is not None:
-        ways["one source"]["apricot"] = lambda: [peer(one, POOL // 2)]
-        ways["four sources"]["apricot"] = lambda: [peer(S, b) for S, b in zip(four, BUDGETS, strict=True)]
-    for title, group in ways.items():
-        matrices = [one] if title == "one source" else four
-        for name, way in group.items():
+            peers[f"submodlib, {optimizer}"] = partial(lazy, optimizer=optimizer)
+    for title, (matrices, picked, ours) in cases.items():
+        ways = {"wellposed": ours}
+        for name, peer in peers.items():
+            if peer is not None:
+                ways[name] = lambda peer=peer, m=matrices, b=picked: [peer(S, k) for S, k in zip(m, b, strict=True)]
+        for name, way in ways.items():
             value = sum(float(facility_location_value(S, p[p >= 0])) for S, p in zip(matrices, way(), strict=True))
             print(f"{title}: {name} reaches {value:.4f}")
-        report(title, group, pairs)
+        report(title, ways, pairs)
 
 
 # ── steps ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -36,22 +36,23 @@ def lazy_greedy(similarity: Shaped[np.ndarray, "n n"], budget: int) -> tuple[lis
         ([0, 1], [1.9, 1.0])
     """
     rows = np.ascontiguousarray(similarity.T)  # a candidate's similarities side by side
-    ones = np.ones(len(rows), rows.dtype)
+    ones, everyone = np.ones(len(rows), rows.dtype), np.arange(len(rows))
     bounds = _row_sums(rows, ones)
-    if not math.isfinite(bounds.sum()):
+    if not math.isfinite(bounds.dot(ones)):
         raise ValueError("facility_location: similarity must be finite")
     if not budget:
         return [], []
     # The first pick counts from nothing, not from 0: a constant added to the matrix changes no choice.
     best = int(bounds.argmax())
     picks, gains, covered = [best], [float(bounds[best])], rows[best].copy()
-    bounds = _added(rows, covered, ones, np.empty_like(rows))
-    everyone = np.arange(len(rows))
+    few = len(rows) <= 2 * WORKING_SET
+    if not few:
+        bounds = _added(rows, covered, ones, np.empty_like(rows))
     while len(picks) < budget:
-        members, outside = (everyone, 0.0) if len(rows) <= 2 * WORKING_SET else _working_set(bounds)
+        members, outside = (everyone, 0.0) if few else _working_set(bounds)
         if not len(members):
             break
-        own = rows if members is everyone else rows[members]
+        own = rows if few else rows[members]
         buffer = np.empty_like(own)
         while True:
             found = _added(own, covered, ones, buffer)
@@ -63,7 +64,7 @@ def lazy_greedy(similarity: Shaped[np.ndarray, "n n"], budget: int) -> tuple[lis
             if len(picks) == budget:
                 return picks, gains
             np.maximum(covered, own[best], out=covered)
-        if members is everyone:
+        if few:
             break
         bounds[members] = found
     # Nothing adds any more: the lowest positions that are left.
